@@ -1,0 +1,59 @@
+"""ExpertBackend: the kernel that computes the local experts of one shard.
+
+T tokens, D hidden, K top-k, e local slots, I intermediate.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from experts.weights import ExpertWeights, MoEShape
+
+
+class ExpertBackend(Protocol):
+    """Owns the weights of `num_slots` experts in every MoE layer. One forward at a time."""
+
+    def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        """Put an expert into a local slot, in place: no pointer that a captured graph holds may move."""
+        ...
+
+    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        """out_TD = for every row, the sum of w * expert(x) over its local experts; zero if it has none.
+
+        x_TD, out_TD: the backend's dtype, contiguous, T >= 1; out_TD is the caller's and is overwritten.
+        local_TK: int32 local slots in [0, num_slots), or -1 where the expert is elsewhere: costs nothing.
+        w_TK: float32 top-k weights. Accumulates in float32.
+        """
+        ...
+
+
+BackendFactory = Callable[[MoEShape, int, torch.dtype, torch.device], ExpertBackend]
+"""(shape, num_slots, dtype of x and out, device) -> a backend with unwritten slots."""
+
+
+def _reference(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+    from experts.backends.reference import ReferenceBackend
+
+    return ReferenceBackend(shape, num_slots, dtype, device)
+
+
+def _torch(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+    from experts.backends.grouped import GroupedBackend
+
+    return GroupedBackend(shape, num_slots, dtype, device)
+
+
+BACKENDS: dict[str, BackendFactory] = {"reference": _reference, "torch": _torch}
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that `auto` stands for on this machine."""
+    return "torch" if name == "auto" else name
+
+
+def check_buckets(buckets: Sequence[int]) -> None:
+    """Token buckets are what a backend is warmed for: ascending and positive."""
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(f"token buckets must be ascending positive numbers, got {list(buckets)}")

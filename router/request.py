@@ -1,0 +1,89 @@
+"""What is asked of the engine and what it answers. Plain data: it crosses process borders."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Names and defaults are vLLM's; temperature 0 is greedy.
+
+    max_tokens: None stops only at the context's end. stop: strings that end the text and are not part of it.
+    stop_token_ids: besides the model's own end-of-sequence tokens, which ignore_eos leaves out.
+    top_k: 0 keeps all. seed: None draws one. logprobs: that many alternatives beside the chosen token's
+    (0: only the chosen one's), None for none. prompt_logprobs: also score every token of the prompt.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, for what a user gave us."""
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all)")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        _check("seed", self.seed, self.seed is None or abs(self.seed) < 2**63, "a 64-bit integer")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "between -2 and 2")
+        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")
+        _check("stop", self.stop, all(self.stop), "strings that are not empty")
+
+
+def _check(name: str, value: object, ok: bool, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue. id is unique among the requests of an engine's life."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of the model's own probability, before temperature and penalties.
+
+    top: (token id, logprob) of the likeliest tokens, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step added to a request. The parts of all outputs of a request, joined, are its answer.
+
+    text: whole characters only; it may lag behind the tokens. finish: set in a request's last output.
+    error: a sentence, when finish is "error". prompt_logprobs: in the first output, if asked for.
+    """
+
+    id: str
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    finish: FinishReason | None = None
+    error: str | None = None
