@@ -1,0 +1,135 @@
+"""Two pieces below the routes: what surrounds every request, and a stream of server-sent events."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from contextvars import ContextVar
+from uuid import uuid4
+
+from fastapi import Response
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.errors import INTERNAL_ERROR, ApiError
+
+logger = logging.getLogger(__name__)
+
+request_id: ContextVar[str] = ContextVar("request_id")
+"""Of the HTTP request that the current task serves: for log lines."""
+
+
+class RequestGuard:
+    """Gives every request an id, a bound on its body, an end when the client leaves and an answer to our bugs.
+
+    Who sends an x-request-id also answers with it: Ray Serve's proxy sends one with every request and adds it to
+    the response. Only an id that is made here is added here, or clients would read it twice.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id")
+        request_id.set(given or f"req_{uuid4().hex}")
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if not given:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.get().encode())]
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("%s: %s %s failed", request_id.get(), scope["method"], scope["path"])
+            if not started:
+                await INTERNAL_ERROR.response()(scope, receive, send_with_id)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await _read_body(receive, self._max_body_bytes)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is not None:
+            await _until_disconnect(self._app(scope, _replay(body), send), receive)
+
+
+async def _read_body(receive: Receive, max_bytes: int) -> bytes | None:
+    """The whole body, or None if the client left. Raises ApiError 413."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise ApiError(413, f"The body is longer than {max_bytes} bytes.")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _replay(body: bytes) -> Receive:
+    """A `receive` that gives the body once. It never tells of a disconnect: the guard watches for that."""
+    unread = [body]
+
+    async def receive() -> Message:
+        if not unread:
+            await asyncio.get_running_loop().create_future()  # until cancelled
+        return {"type": "http.request", "body": unread.pop(), "more_body": False}
+
+    return receive
+
+
+async def _until_disconnect(work: Awaitable[None], receive: Receive) -> None:
+    """Await the work; cancel it when the client leaves or we are cancelled (Ray Serve does the latter)."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        worker.cancel()
+        watcher.cancel()
+        await asyncio.wait((worker, watcher))
+    for task in (worker, watcher):
+        if not task.cancelled():
+            task.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they are made, and closes their generator at once when cancelled.
+
+    The status waits for the first event, so an error before it is still answered with its own status.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        # The length is unknown; proxies must neither keep nor collect events.
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            event = await anext(events)
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,121 @@
+"""The engine as the ingress sees it, wherever it runs."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from deploy.errors import ApiError
+from router.request import Request, RequestOutput
+
+RETRY_AFTER_S = 5.0
+
+
+class QueueFull(Exception):
+    """The engine takes no more requests now; `retry_after_s` is when it may."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class RouterLost(Exception):
+    """No router answers: it died, and the requests it held with it, or it has not started. str() says which."""
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a token would come out now; if not, `reason` is a sentence.
+
+    detail: plain JSON for people: epoch, shards, seconds since the last step.
+    """
+
+    ready: bool
+    reason: str = ""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class EngineClient(Protocol):
+    """What the ingress asks of the engine."""
+
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs until one has `finish`. Closing it, or cancelling the task that reads it, cancels the request.
+
+        Raises QueueFull, RouterLost, and ValueError for a request that can never run.
+        """
+        ...
+
+    async def ready(self) -> Readiness:
+        """Raises RouterLost."""
+        ...
+
+
+async def generate_all(
+    client: EngineClient, requests: Sequence[Request]
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The outputs of several requests as they come, each with its request's place in `requests`.
+
+    Closing it, or an error in one of them, closes them all. Raises ApiError for what the engine refuses or loses.
+    """
+    if len(requests) == 1:  # the usual case needs neither tasks nor a queue
+        async with aclosing(_outputs(client, requests[0])) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue()
+    readers = [asyncio.create_task(_read(client, request, i, queue)) for i, request in enumerate(requests)]
+    unfinished = len(readers)
+    try:
+        while unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            unfinished -= item[1].finish is not None
+            yield item
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def _read(
+    client: EngineClient,
+    request: Request,
+    index: int,
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception],
+) -> None:
+    try:
+        async with aclosing(_outputs(client, request)) as outputs:
+            async for output in outputs:
+                queue.put_nowait((index, output))
+    except Exception as error:  # noqa: BLE001 raised again by who reads the queue
+        queue.put_nowait(error)
+
+
+async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    """One request's outputs, the last one with a finish; the engine's errors as answers."""
+    async with aclosing(client.generate(request)) as outputs:
+        try:
+            async for output in outputs:
+                if output.finish in ("error", "cancelled"):
+                    raise _unavailable(f"The request was not finished: {output.error or output.finish}")
+                yield output
+                if output.finish is not None:
+                    return
+        except QueueFull as error:
+            message = "Too many requests are waiting; try again later."
+            raise ApiError(
+                429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s
+            ) from error
+        except RouterLost as error:
+            message = f"No router is serving; if one died, the requests it held were lost with it: {error}"
+            raise _unavailable(message) from error
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+    raise AssertionError(f"{request.id}: the engine's outputs ended without a finish")
+
+
+def _unavailable(message: str) -> ApiError:
+    """Nothing is wrong with the request: it may be sent again."""
+    return ApiError(503, message, retry_after_s=RETRY_AFTER_S)

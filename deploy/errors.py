@@ -1,0 +1,93 @@
+"""Every answer that is not 2xx, in the shape that OpenAI's clients turn into typed exceptions."""
+
+import json
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from fastapi import Request as HttpRequest
+from fastapi import Response
+from pydantic import ValidationError
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+
+_TYPES = {429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An error to answer with. The message is for the user: a sentence, without secrets or tracebacks.
+
+    param: dotted path of the field at fault. code: OpenAI's word for the case, where it has one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        headers = dict(headers or {})
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        return Response(self.body(), status_code=self.status, headers=headers, media_type="application/json")
+
+
+INTERNAL_ERROR = ApiError(
+    500, "Internal server error; the server's log has it under this response's x-request-id."
+)
+
+
+def invalid_body(error: ValidationError, body: bytes) -> ApiError:
+    """What a body that a pydantic model refused is answered with: its most precise complaint."""
+    complaints = error.errors(include_url=False, include_input=False)
+    if complaints[0]["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {complaints[0]['msg']}")
+    sent = from_json(body)
+    paths = [_path(sent, complaint["loc"], complaint["type"]) for complaint in complaints]
+    path, complaint = max(zip(paths, complaints, strict=True), key=lambda pair: len(pair[0]))
+    param = ".".join(path) or None
+    reason = complaint["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {reason}" if param else reason, param=param)
+
+
+def _path(sent: object, loc: tuple[int | str, ...], kind: str) -> list[str]:
+    """Where in the sent JSON pydantic points to; its own names for the branches of a union are left out."""
+    path = []
+    for step in loc:
+        if isinstance(sent, dict) and (step in sent or kind == "missing"):
+            sent = sent.get(step)
+        elif isinstance(sent, list) and isinstance(step, int) and step < len(sent):
+            sent = sent[step]
+        else:
+            continue
+        path.append(str(step))
+    return path
+
+
+async def answer_api_error(http: HttpRequest, error: Exception) -> Response:
+    """FastAPI's handler for ApiError."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def answer_http_error(http: HttpRequest, error: Exception) -> Response:
+    """FastAPI's handler for the routing's own errors: unknown path, wrong method."""
+    assert isinstance(error, HTTPException)
+    message = f"{http.method} {http.url.path}: {HTTPStatus(error.status_code).phrase}"
+    return ApiError(error.status_code, message).response(error.headers)

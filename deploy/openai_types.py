@@ -1,0 +1,238 @@
+"""What OpenAI's clients send, as far as we serve it.
+
+A field that would change the answer and is not served is refused by name. One that we do not know is ignored, and
+`ignored_fields` names it for the log. Null is the same as absent. Field names beyond OpenAI's are vLLM's.
+"""
+
+import reprlib
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from router.request import SamplingParams
+
+MAX_CHOICES = 1024
+"""Prompts times n, in one body."""
+
+_DEFAULT = SamplingParams()
+
+
+def _only(*served: object) -> AfterValidator:
+    """Refuses every value but these. They ask for nothing that we do not do anyway."""
+
+    def check(value: object) -> object:
+        if value not in served:
+            others = f" (only {', '.join(map(repr, served))})" if served else ""
+            raise ValueError(f"{reprlib.repr(value)} is not supported{others}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: object) -> object:
+    """A string, or one list of token ids, is a batch of one."""
+    alone = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
+    return [value] if alone else value
+
+
+# fail_fast: or a long list of rubbish becomes a list of errors, hundreds of times its size.
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
+Prompts = Annotated[list[str | TokenIds], Field(min_length=1, fail_fast=True), BeforeValidator(_as_prompts)]
+StopStrings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(max_length=16)]
+NotServed = Annotated[Any, _only()]
+
+
+class _Sent(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
+
+def ignored_fields(sent: BaseModel) -> Iterator[str]:
+    """Dotted names of what a body holds and we do not know, without list positions; may repeat."""
+    yield from sent.model_extra or ()
+    for name in type(sent).model_fields:
+        value = getattr(sent, name)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, BaseModel):
+                yield from (f"{name}.{ignored}" for ignored in ignored_fields(inner))
+
+
+class StreamOptions(_Sent):
+    include_usage: bool = False
+
+
+class TextPart(_Sent):
+    type: Annotated[str, _only("text")]
+    text: str
+
+
+class Message(_Sent):
+    role: Annotated[str, _only("system", "developer", "user", "assistant")]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    tool_calls: Annotated[Any, _only([])] = None
+    function_call: NotServed = None
+    audio: NotServed = None
+
+    def for_template(self) -> dict[str, str]:
+        """What chat templates read. "developer" is OpenAI's newer name for "system", which templates know."""
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content)
+        return {"role": role, "content": text}
+
+
+class _Body(_Sent):
+    """What both endpoints take."""
+
+    model: str
+    user: str | None = None
+    n: int = Field(default=1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    temperature: float = _DEFAULT.temperature
+    top_p: float = _DEFAULT.top_p
+    top_k: int = Field(default=_DEFAULT.top_k, lt=2**31)
+    min_p: float = _DEFAULT.min_p
+    seed: int | None = None
+    repetition_penalty: float = _DEFAULT.repetition_penalty
+    presence_penalty: float = _DEFAULT.presence_penalty
+    frequency_penalty: float = _DEFAULT.frequency_penalty
+    stop: StopStrings = ()
+    stop_token_ids: TokenIds = []
+    ignore_eos: bool = False
+
+    logit_bias: Annotated[Any, _only({})] = None
+    echo: Annotated[Any, _only(False)] = None
+    min_tokens: Annotated[Any, _only(0)] = None
+    bad_words: Annotated[Any, _only([])] = None
+    allowed_token_ids: NotServed = None
+    use_beam_search: Annotated[Any, _only(False)] = None
+    prompt_logprobs: NotServed = None
+    truncate_prompt_tokens: NotServed = None
+    include_stop_str_in_output: Annotated[Any, _only(False)] = None
+    skip_special_tokens: Annotated[Any, _only(True)] = None
+    structured_outputs: NotServed = None
+    guided_json: NotServed = None
+    guided_regex: NotServed = None
+    guided_choice: NotServed = None
+    guided_grammar: NotServed = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _options_of_a_stream(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if not info.data.get("stream"):
+            raise ValueError("only allowed with stream=true")
+        return options
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _sampling(self, choice: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """For the choice-th of n answers: a seed makes each repeatable, not all of them equal."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=0 if self.top_k == -1 else self.top_k,  # -1: vLLM's older way to keep all
+            min_p=self.min_p,
+            seed=None if self.seed is None else self.seed + choice,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop=self.stop,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class ChatCompletionRequest(_Body):
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] = {}
+
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    audio: NotServed = None
+    web_search_options: NotServed = None
+    chat_template: NotServed = None
+    add_generation_prompt: Annotated[Any, _only(True)] = None
+    continue_final_message: Annotated[Any, _only(False)] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _top_needs_logprobs(cls, top: int, info: ValidationInfo) -> int:
+        if not info.data.get("logprobs"):
+            raise ValueError("only allowed with logprobs=true")
+        return top
+
+    @property
+    def token_limit(self) -> int | None:
+        """max_completion_tokens, the newer name, before max_tokens."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def sampling(self, choice: int) -> SamplingParams:
+        """Raises ValueError that begins with the field's name."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling(choice, max_tokens=self.token_limit, logprobs=logprobs)
+
+
+class CompletionRequest(_Body):
+    prompt: Prompts
+    max_tokens: int = Field(default=16, ge=1)  # OpenAI's default
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = None
+
+    suffix: Annotated[Any, _only("")] = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _bounded(cls, prompts: list[str | list[int]], info: ValidationInfo) -> list[str | list[int]]:
+        num_choices = len(prompts) * info.data.get("n", 1)
+        if num_choices > MAX_CHOICES:
+            raise ValueError(f"prompts times n is {num_choices}; at most {MAX_CHOICES} are allowed")
+        return prompts
+
+    @field_validator("best_of")
+    @classmethod
+    def _best_of_is_n(cls, best_of: int, info: ValidationInfo) -> int:
+        if best_of != info.data.get("n"):
+            raise ValueError(f"{best_of} is not supported (only n={info.data.get('n')})")
+        return best_of
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens
+
+    def sampling(self, choice: int) -> SamplingParams:
+        """Raises ValueError that begins with the field's name."""
+        return self._sampling(choice, max_tokens=self.max_tokens, logprobs=self.logprobs)

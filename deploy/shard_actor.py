@@ -1,0 +1,127 @@
+"""The process of one expert shard: a detached Ray actor that loads its experts and serves links to routers."""
+
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+import torch
+
+from experts.backends import resolve_backend
+from experts.checkpoint import ExpertCheckpoint
+from experts.fabric import ShardAddress
+from experts.fabric.link import ShardListener
+from experts.placement import even_placement
+from experts.shard import load_shard
+
+
+@dataclass(frozen=True)
+class FleetSpec:
+    """What a router wants of its fleet. Everything that makes one shard differ from another, but the rank.
+
+    resources: what Ray reserves for a shard. lease_s: how long shards outlive the last word of their Fleet.
+    """
+
+    app: str
+    checkpoint: str
+    num_shards: int
+    backend: str
+    dtype: torch.dtype
+    threads: int | None
+    strategy: str
+    resources: tuple[tuple[str, float], ...]
+    lease_s: float
+    start_timeout_s: float
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """What a restarted Fleet learns from a live shard. address: None while it loads."""
+
+    rank: int
+    spec: FleetSpec
+    address: ShardAddress | None
+    epoch: int
+    node: str
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """For people and metrics. num_pairs: (token, expert) pairs computed since the start."""
+
+    rank: int
+    pid: int
+    node: str
+    num_pairs: int
+    resident_mib: float = field(default=0.0)
+
+
+class ShardActor:
+    """Threaded: `load` runs while `describe` answers. Exits by itself when its lease lapses."""
+
+    def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
+        self._spec = spec
+        self._rank = rank
+        self._name = name
+        self._epoch = 0
+        self._address: ShardAddress | None = None
+        self._listener: ShardListener | None = None
+        self._node = ray.get_runtime_context().get_node_id()
+        self._lease_ends = time.monotonic() + spec.start_timeout_s
+        threading.Thread(target=self._exit_without_lease, name="lease", daemon=True).start()
+
+    def load(self) -> ShardAddress:
+        """Read the experts and listen. Raises ValueError for a checkpoint that cannot be served."""
+        spec = self._spec
+        torch.set_num_threads(spec.threads or os.cpu_count() or 1)
+        with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
+            shape = checkpoint.shape
+            placement = even_placement(
+                shape.moe_layers,
+                num_layers=shape.num_layers,
+                num_experts=shape.num_experts,
+                num_ranks=spec.num_shards,
+            )
+            self._shard = load_shard(
+                checkpoint,
+                placement,
+                rank=self._rank,
+                backend=resolve_backend(spec.backend),
+                dtype=spec.dtype,
+                device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            )
+        host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)
+        self._listener = ShardListener(self._shard, host=host, name=self._name, token=token)
+        self._address = self._listener.address
+        return self._address
+
+    def describe(self) -> ShardState:
+        return ShardState(self._rank, self._spec, self._address, self._epoch, self._node)
+
+    def stats(self) -> ShardStats:
+        pairs = self._shard.num_pairs if self._address else 0
+        return ShardStats(self._rank, os.getpid(), self._node, pairs, _resident_mib())
+
+    def note_epoch(self, epoch: int) -> None:
+        """A restarted Fleet counts on from the highest epoch that a shard has seen."""
+        self._epoch = max(self._epoch, epoch)
+
+    def renew(self, ttl_s: float) -> None:
+        self._lease_ends = time.monotonic() + ttl_s
+
+    def until_death(self) -> None:
+        """Never returns: whoever waits for it learns from Ray, within milliseconds, that this process is gone."""
+        threading.Event().wait()
+
+    def _exit_without_lease(self) -> None:
+        while time.monotonic() < self._lease_ends:
+            time.sleep(1.0)
+        os._exit(0)  # nobody holds this shard any more; a clean exit would wait for until_death
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

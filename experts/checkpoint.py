@@ -1,0 +1,233 @@
+"""What a checkpoint directory holds: ExpertCheckpoint reads routed experts one at a time, trunk_tensors() the rest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from experts.hf_config import read_config
+from experts.layouts import (
+    PARTS,
+    ExpertTensor,
+    Format,
+    check_supported,
+    count_layers,
+    detect_format,
+    layer_of,
+    parse_expert,
+    stacked_sizes,
+)
+from experts.nvfp4 import GROUP, dequantize
+from experts.tensor_files import TensorFiles
+from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
+
+
+class ExpertCheckpoint:
+    """Reads from disk only the experts that are asked for. For one thread; what it returns owns its memory.
+
+    shape: sizes of the routed experts. format: "dense" experts are not quantised, the others are NVFP4.
+    Raises ValueError, naming file, tensor or expert, for a checkpoint that is broken or not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = TensorFiles(path)
+        config = read_config(path)
+        num_layers = count_layers(self.files, stated=config.num_layers)
+        parsed = ((parse_expert(name), name) for name in self.files)
+        self._names = {tensor: name for tensor, name in parsed if tensor and tensor.layer < num_layers}
+        check_supported(path, self._names)
+        self.format: Format = detect_format(self.files, self._names)
+        self._weights_only = config.weights_only
+        self._stacked = any(tensor.expert is None for tensor in self._names)
+        self._k_first, self.shape = self._read_shape(num_layers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self.files.close()
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """An NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken."""
+        if self.format == "dense":
+            raise ValueError(
+                f"{self.path}: experts are not quantised; run `sparkmoe quantize {self.path} DST`"
+            )
+        gate, up, down = self._matrices(layer, expert)
+        input_scale = down_input_scale = None
+        if not self._weights_only:
+            input_scale = torch.maximum(self._input_scale(gate), self._input_scale(up))
+            down_input_scale = self._input_scale(down)
+        return ExpertWeights(
+            self._nvfp4(gate), self._nvfp4(up), self._nvfp4(down), input_scale, down_input_scale
+        )
+
+    def read_dense(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """gate [I, D], up [I, D] and down [D, I] of an expert that is not quantised, in the checkpoint's dtype."""
+        if self.format != "dense":
+            raise ValueError(f"{self.path}: experts are already quantised ({self.format})")
+        gate, up, down = (self._read(m, m.size(self.shape), _FLOATS) for m in self._matrices(layer, expert))
+        return gate, up, down
+
+    def module_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """What gate, up and down are called; where experts are stacked, what they would be called if not."""
+        if self._stacked:
+            stem = self._name(ExpertTensor(layer, None, "down", "weight")).removesuffix("down_proj")
+            return f"{stem}{expert}.gate_proj", f"{stem}{expert}.up_proj", f"{stem}{expert}.down_proj"
+        gate, up, down = (
+            self._name(matrix).removesuffix(".weight") for matrix in self._matrices(layer, expert)
+        )
+        return gate, up, down
+
+    def other_names(self) -> Iterator[str]:
+        """Every tensor that read() does not read, file by file."""
+        experts = set(self._names.values())
+        return (name for name in self.files if name not in experts)
+
+    def _read_shape(self, num_layers: int) -> tuple[bool, MoEShape]:
+        """Also whether stacked experts are K-first, that is, [E, in, out]."""
+        layers = tuple(sorted({tensor.layer for tensor in self._names}))
+        packing, weight = (1, "weight") if self.format == "dense" else (2, PARTS[self.format].packed)
+        if not self._stacked:
+            gate = next(name for t, name in self._names.items() if t.matrix == "gate" and t.part == weight)
+            intermediate, entries = self.files.shape(gate)
+            num_experts = 1 + max(tensor.expert or 0 for tensor in self._names)
+            return False, MoEShape(num_layers, layers, num_experts, entries * packing, intermediate)
+        gate_up = self.files.shape(self._name(ExpertTensor(layers[0], None, "gate_up", weight)))
+        down = self.files.shape(self._name(ExpertTensor(layers[0], None, "down", weight)))
+        sizes = stacked_sizes(gate_up, down, packing=packing)
+        if sizes is None:
+            raise ValueError(f"{self.path}: shapes of gate_up_proj {gate_up} and down_proj {down} do not fit")
+        k_first, hidden, intermediate = sizes
+        return k_first, MoEShape(num_layers, layers, down[0], hidden, intermediate)
+
+    def _matrices(self, layer: int, expert: int) -> tuple[ExpertTensor, ExpertTensor, ExpertTensor]:
+        """gate, up and down."""
+        if layer not in self.shape.moe_layers or not 0 <= expert < self.shape.num_experts:
+            raise ValueError(
+                f"{self.path}: has no expert {expert} in layer {layer}, only {self.shape.num_experts} in each of "
+                f"the layers {list(self.shape.moe_layers)}"
+            )
+        gate, up, down = (ExpertTensor(layer, expert, matrix, "weight") for matrix in ("gate", "up", "down"))
+        return gate, up, down
+
+    def _nvfp4(self, matrix: ExpertTensor) -> Nvfp4Weight:
+        parts = PARTS[self.format]
+        num_rows, num_cols = matrix.size(self.shape)
+        return Nvfp4Weight(
+            self._read(matrix._replace(part=parts.packed), (num_rows, num_cols // 2), (torch.uint8,)),
+            self._read(
+                matrix._replace(part=parts.scale), (num_rows, num_cols // GROUP), (torch.float8_e4m3fn,)
+            ),
+            self._multiplier(matrix._replace(part=parts.scale_2)),
+        )
+
+    def _input_scale(self, matrix: ExpertTensor) -> Tensor:
+        return self._multiplier(matrix._replace(part=PARTS[self.format].input_scale))
+
+    def _multiplier(self, tensor: ExpertTensor) -> Tensor:
+        """float32 []."""
+        value = self._read(tensor, (), (torch.float32,))
+        return value.reciprocal() if PARTS[self.format].inverse else value
+
+    def _read(self, tensor: ExpertTensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        """Raises ValueError if the tensor has another shape or dtype; a scalar may be stored as [1]."""
+        name, index = self._locate(tensor)
+        value = self.files.read(name, *index)
+        value = value.T.contiguous() if self._k_first and value.ndim == 2 else value
+        value = value.reshape(()) if value.numel() == 1 and not shape else value
+        if tuple(value.shape) != shape or value.dtype not in dtypes:
+            raise ValueError(
+                f"{self.path}: {name} gives layer {tensor.layer}, expert {tensor.expert} a {value.dtype} tensor of "
+                f"shape {list(value.shape)}, but {list(shape)} of {dtypes[0]} was expected"
+            )
+        return value
+
+    def _locate(self, tensor: ExpertTensor) -> tuple[str, tuple[int | slice, ...]]:
+        """The tensor on disk, and the index of our part of it."""
+        if not self._stacked:
+            return self._name(tensor), ()
+        name = self._name(tensor.stacked())
+        if len(self.files.shape(name)) < 3:
+            return name, ()  # one multiplier for the whole layer
+        size = self.shape.intermediate
+        rows = {"gate": slice(0, size), "up": slice(size, 2 * size)}.get(tensor.matrix, slice(None))
+        assert tensor.expert is not None
+        return name, (tensor.expert, slice(None), rows) if self._k_first else (tensor.expert, rows)
+
+    def _name(self, tensor: ExpertTensor) -> str:
+        if tensor not in self._names:
+            which = "" if tensor.expert is None else f", expert {tensor.expert}"
+            raise ValueError(
+                f"{self.path}: no {tensor.part} for {tensor.matrix} of layer {tensor.layer}{which}; "
+                "the checkpoint is incomplete, download it again"
+            )
+        return self._names[tensor]
+
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def trunk_tensors(path: Path, *, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model that is not a routed expert's, with the name that the dense model gives it.
+
+    NVFP4 and FP8 weights are dequantised to `dtype`; others come as they are stored. Scales are consumed, and
+    layers of multi-token prediction left out. Raises ValueError for a weight quantised in another way.
+    """
+    with TensorFiles(path) as files:
+        num_layers = count_layers(files, stated=read_config(path).num_layers)
+        for name in files:
+            if not parse_expert(name) and (layer_of(name) or 0) < num_layers and not name.endswith(_CONSUMED):
+                yield name.replace(".weight_packed", ".weight"), _read_trunk(files, name, dtype)
+
+
+_CONSUMED = (
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".weight_global_scale",
+    ".input_scale",
+    ".input_global_scale",
+    ".output_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+)
+"""Scales of weights, and of activations and a KV cache that the trunk does not quantise."""
+
+
+def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
+    stem = name.rpartition(".")[0]
+    value = files.read(name)
+    if name.endswith(".weight_packed") and f"{stem}.weight_global_scale" in files:
+        scale_2 = files.read(f"{stem}.weight_global_scale").reciprocal().reshape(())
+        return dequantize(Nvfp4Weight(value, files.read(f"{stem}.weight_scale"), scale_2), dtype)
+    if value.dtype == torch.uint8 and f"{stem}.weight_scale_2" in files:
+        scale_2 = files.read(f"{stem}.weight_scale_2").reshape(())
+        return dequantize(Nvfp4Weight(value, files.read(f"{stem}.weight_scale"), scale_2), dtype)
+    if value.dtype == torch.float8_e4m3fn and f"{stem}.weight_scale" in files:
+        return _dequantize_fp8(value, files.read(f"{stem}.weight_scale"), name=f"{files.path}: {name}").to(
+            dtype
+        )
+    if value.element_size() > 1 and not name.endswith(".pre_quant_scale"):
+        return value
+    raise ValueError(f"{files.path}: {name} ({value.dtype}) is quantised in a way that is not supported")
+
+
+def _dequantize_fp8(value_NK: Tensor, scale: Tensor, *, name: str) -> Tensor:
+    """float32; scale: of the whole matrix, or one for each row."""
+    if scale.numel() not in (1, len(value_NK)):
+        raise ValueError(
+            f"{name} has FP8 scales of shape {list(scale.shape)}; per tensor and per row are supported"
+        )
+    return value_NK.float() * scale.float().reshape(-1, 1)

@@ -1,0 +1,73 @@
+"""Who may talk to a shard: both ends prove that they hold the shard's token, which never crosses the wire.
+
+    shard  -> router  CHALLENGE  nonce_s
+    router -> shard   ANSWER     nonce_r | HMAC-SHA256(token, b"router" | nonce_s | nonce_r | name)
+    shard  -> router  WELCOME    HMAC-SHA256(token, b"shard" | nonce_s | nonce_r | name)
+
+The name stands for one incarnation of a rank, so a process that was given a dead shard's port is not taken for it.
+"""
+
+import hmac
+import os
+import socket
+
+from experts.fabric.frames import HEADER_BYTES, NONCE_BYTES, FrameBuffer, Kind, error_frame, small_frame
+from experts.fabric.sockets import Deadline, PeerError, receive_frame, send_frame, set_kernel_timeout
+
+
+def prove_router(sock: socket.socket, *, name: str, token: bytes, within_s: float) -> None:
+    """The router's end. Raises PeerError if either proof is wrong, BadFrame or OSError if it got no answer.
+
+    Leaves no time-out on the socket.
+    """
+    talk = _Talk(sock, within_s)
+    nonce_s = talk.receive(Kind.CHALLENGE)
+    nonce_r = os.urandom(NONCE_BYTES)
+    talk.send(small_frame(Kind.ANSWER, nonce_r + _proof(token, b"router", nonce_s, nonce_r, name)))
+    proof = talk.receive(Kind.WELCOME)
+    if not hmac.compare_digest(proof, _proof(token, b"shard", nonce_s, nonce_r, name)):
+        raise PeerError(f"what listens there is not {name}: it does not hold its token")
+    talk.end()
+
+
+def prove_shard(sock: socket.socket, *, name: str, token: bytes, within_s: float) -> None:
+    """The shard's end. Raises PeerError, having told the peer, if the router's proof is wrong; else like the router's."""
+    talk = _Talk(sock, within_s)
+    nonce_s = os.urandom(NONCE_BYTES)
+    talk.send(small_frame(Kind.CHALLENGE, nonce_s))
+    answer = talk.receive(Kind.ANSWER)
+    nonce_r, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+    if not hmac.compare_digest(proof, _proof(token, b"router", nonce_s, nonce_r, name)):
+        sentence = f"refused by {name}: wrong token, or meant for another shard"
+        talk.send(error_frame(sentence))
+        raise PeerError(sentence)
+    talk.send(small_frame(Kind.WELCOME, _proof(token, b"shard", nonce_s, nonce_r, name)))
+    talk.end()
+
+
+def _proof(token: bytes, role: bytes, nonce_s: bytes, nonce_r: bytes, name: str) -> bytes:
+    return hmac.digest(token, role + nonce_s + nonce_r + name.encode(), "sha256")
+
+
+class _Talk:
+    """Small frames back and forth under one deadline."""
+
+    def __init__(self, sock: socket.socket, within_s: float) -> None:
+        self._sock = sock
+        self._buffer = FrameBuffer(pinned=False)
+        self._deadline = Deadline(within_s)
+        set_kernel_timeout(sock, socket.SO_RCVTIMEO, within_s)
+        set_kernel_timeout(sock, socket.SO_SNDTIMEO, within_s)
+
+    def send(self, frame: memoryview) -> None:
+        send_frame(self._sock, frame, keep_waiting=self._deadline)
+
+    def receive(self, kind: Kind) -> bytes:
+        header = receive_frame(
+            self._sock, self._buffer, accept=lambda header: header.kind is kind, keep_waiting=self._deadline
+        )
+        return bytes(self._buffer.view[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
+
+    def end(self) -> None:
+        set_kernel_timeout(self._sock, socket.SO_RCVTIMEO, 0)
+        set_kernel_timeout(self._sock, socket.SO_SNDTIMEO, 0)

@@ -1,0 +1,180 @@
+"""Fabric `tcp`, the router's end: a star of sockets, one per shard. link.py is the shard's end, frames.py the format.
+
+A layer costs two system calls per shard: one send of a frame that all shards get, one receive of the shard's answer.
+Nothing can deadlock: a shard answers only what it has read to its end, and no shard has two frames at a time, so
+whenever this end blocks in a send, the other end reads. T tokens, D hidden, K top-k.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from experts.fabric import FabricError, Membership, PeerLost, ShardAddress, StepHeader, Ticket
+from experts.fabric.frames import FrameShape, Header, Kind, LayerFrame
+from experts.fabric.shard_link import Patience, ShardLink
+
+ROWS_PER_DEADLINE = 256
+WARMING_S = 600.0
+
+
+class TcpFabric:
+    """See Fabric. out_TD may be of any dtype and on any device, like x_TD; after a PeerLost its content is undefined.
+
+    hidden: D, even. wire_dtype: of x and of the partial sums on the wire, float32 or bfloat16.
+    slow_after_s, dead_after_s: for a layer of up to 256 rows; T rows may take T / 256 times as long. A warming step
+        has 10 minutes per layer. A shard's link that ends is a loss at once.
+    """
+
+    def __init__(
+        self, *, hidden: int, wire_dtype: torch.dtype, slow_after_s: float, dead_after_s: float
+    ) -> None:
+        self._hidden = hidden
+        self._wire_dtype = wire_dtype
+        self._slow_after_s = slow_after_s
+        self._dead_after_s = dead_after_s
+        self._links: dict[int, ShardLink] = {}
+        self._lost: dict[int, str] = {}
+        self._ranks: tuple[int, ...] = ()
+        self._lock = threading.Lock()  # abort shuts sockets down, nobody closes one meanwhile
+        self._aborted: str | None = None
+        self._header = StepHeader(epoch=0, step=-1, rows=0)
+        self._patience = Patience(slow_after_s, dead_after_s)
+        self._request = LayerFrame(pinned=torch.cuda.is_available())
+        self._dispatched_at = 0.0
+        with torch.inference_mode(False):  # written inside and outside that mode
+            self._sum_TD = torch.empty(0)
+
+    def connect(self, members: Membership, *, timeout_s: float) -> None:
+        began = time.monotonic()
+        with self._lock:
+            self._aborted = None
+        self._ranks = tuple(shard.rank for shard in members.shards)
+        self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
+        self._drop(
+            [
+                rank
+                for rank, link in self._links.items()
+                if link.address not in members.shards or not link.idle
+            ]
+        )
+        missing = [shard for shard in members.shards if shard.rank not in self._links]
+        opened, self._lost = _open_links(missing, timeout_s=timeout_s, silence_s=self._dead_after_s)
+        with self._lock:
+            self._links = dict(sorted({**self._links, **opened}.items()))
+        self._raise_if_aborted()
+        if self._lost:
+            raise self._peer_lost(self._lost, layer=-1, elapsed_s=time.monotonic() - began)
+
+    def begin(self, header: StepHeader) -> None:
+        """Nothing crosses the wire: every layer's frame says which step it belongs to."""
+        self._raise_if_aborted()
+        assert header.epoch == self._header.epoch, (header, self._header)
+        self._header = header
+        if header.warming:
+            self._patience = Patience(WARMING_S, WARMING_S)
+        else:
+            scale = max(1.0, header.rows / ROWS_PER_DEADLINE)
+            self._patience = Patience(self._slow_after_s * scale, self._dead_after_s * scale)
+
+    def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
+        self._raise_if_aborted()
+        self._dispatched_at = time.monotonic()
+        rows, hidden = x_TD.shape
+        assert hidden == self._hidden, (hidden, self._hidden)
+        request = self._request
+        request.shape_for(FrameShape(rows, hidden, phys_TK.shape[1], self._wire_dtype))
+        request.x_TD.copy_(x_TD)
+        request.phys_TK.copy_(phys_TK)
+        request.w_TK.copy_(w_TK)
+        self._expect(Kind.LAYER, layer).write(request.view)
+        for rank, link in self._living():
+            try:
+                link.send(request.frame, self._patience)
+            except OSError as error:
+                self._lost[rank] = str(error)
+        return Ticket(layer=layer, rows=rows)
+
+    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+        """Reads every living shard's answer, even after a loss, so that their links are clean for the next epoch."""
+        expected = self._expect(Kind.PARTIAL, ticket.layer)
+        in_place = out_TD.dtype == torch.float32 and out_TD.device.type == "cpu"
+        sum_TD = out_TD if in_place else self._sum_TD.resize_(out_TD.shape)
+        add = sum_TD.copy_
+        for rank, link in self._living():
+            try:
+                add(link.receive(expected))
+            except (OSError, FabricError) as error:
+                self._lost[rank] = str(error)
+            add = sum_TD.add_
+        self._raise_if_aborted(ticket.layer)
+        if self._lost:
+            self._drop(self._lost)
+            raise self._peer_lost(
+                self._lost, layer=ticket.layer, elapsed_s=time.monotonic() - self._dispatched_at
+            )
+        if not in_place:
+            out_TD.copy_(sum_TD)
+
+    def abort(self, reason: str) -> None:
+        with self._lock:
+            self._aborted = self._aborted or reason
+            for link in self._links.values():
+                link.shut()
+
+    def close(self) -> None:
+        self.abort("the fabric is closed")
+        self._drop(self._links)
+
+    def _expect(self, kind: Kind, layer: int) -> Header:
+        shape = self._request.shape
+        num_bytes = shape.layer_bytes if kind is Kind.LAYER else shape.partial_bytes
+        return Header(kind, num_bytes, self._header.epoch, self._header.step, layer, shape)
+
+    def _living(self) -> list[tuple[int, ShardLink]]:
+        return [(rank, link) for rank, link in self._links.items() if rank not in self._lost]
+
+    def _drop(self, ranks: Iterable[int]) -> None:
+        with self._lock:
+            for rank in list(ranks):
+                if rank in self._links:
+                    self._links.pop(rank).close()
+
+    def _raise_if_aborted(self, layer: int = -1) -> None:
+        if self._aborted is not None:
+            raise self._peer_lost(dict.fromkeys(self._ranks, self._aborted), layer=layer, elapsed_s=0.0)
+
+    def _peer_lost(self, why_of: dict[int, str], *, layer: int, elapsed_s: float) -> PeerLost:
+        reasons = dict.fromkeys(f"{why}" for why in why_of.values())
+        return PeerLost(
+            sorted(why_of),
+            epoch=self._header.epoch,
+            step=self._header.step,
+            layer=layer,
+            elapsed_s=elapsed_s,
+            why="; ".join(reasons),
+        )
+
+
+def _open_links(
+    shards: Sequence[ShardAddress], *, timeout_s: float, silence_s: float
+) -> tuple[dict[int, ShardLink], dict[int, str]]:
+    """All at once, so that one dead host costs one time-out. Returns the links, and why the others failed, by rank."""
+    links: dict[int, ShardLink] = {}
+    lost: dict[int, str] = {}
+    if not shards:
+        return links, lost
+    with ThreadPoolExecutor(len(shards)) as pool:
+        futures = {
+            shard: pool.submit(ShardLink.open, shard, timeout_s=timeout_s, silence_s=silence_s)
+            for shard in shards
+        }
+    for shard, future in futures.items():
+        try:
+            links[shard.rank] = future.result()
+        except (OSError, FabricError) as error:
+            lost[shard.rank] = f"cannot reach {shard.name} at {shard.host}:{shard.port}: {error}"
+    return links, lost

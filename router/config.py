@@ -1,0 +1,37 @@
+"""What a user may say about the router: the engine and the trunk it drives."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from experts.config import Config
+
+
+class KVCacheConfig(Config):
+    block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens per block."""
+
+    memory_gib: float = Field(default=0.25, gt=0)
+    """Of all layers' keys and values together, in GiB."""
+
+
+class RouterConfig(Config):
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the trunk; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+
+    max_requests: int = Field(default=64, ge=1)
+    """Requests that run at the same time; more wait in the queue."""
+
+    max_queue: int = Field(default=256, ge=0)
+    """Requests that may wait; one more is refused (HTTP 429)."""
+
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    """Most tokens of one step; a longer prompt is computed in parts."""
+
+    stall_limit_s: float = Field(default=900.0, gt=0)
+    """How long requests wait for lost shards before they fail (HTTP 503)."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the trunk; None leaves it to torch, which takes every core."""
+
+    kv_cache: KVCacheConfig = KVCacheConfig()

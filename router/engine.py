@@ -1,0 +1,282 @@
+"""Engine: the serving loop. One thread of its own; submit, cancel and adopt from any thread.
+
+A step is: plan (frozen) -> forward -> sample -> commit. Only commit changes what a client or a later step can see, so
+a step that loses a shard is simply run again, from the same plan, when a new membership has arrived.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.fabric import Fabric, Membership, PeerLost
+from router.answer import Answer
+from router.attention import PagedAttention, plan_attention
+from router.config import RouterConfig
+from router.dispatch import Dispatcher
+from router.kv_cache import BlockTables, KVCache, num_blocks_for
+from router.mailbox import Mailbox
+from router.request import Request, RequestOutput, TokenLogprob
+from router.sampler import LogitsError, Sampled, SamplingRow, prompt_logprobs, sample
+from router.scheduler import PlannedChunk, RunningRequest, Scheduler, StepPlan
+from router.tokenizer import Detokenizer, Tokenizer
+from router.trunk import Trunk
+
+logger = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 10.0
+"""To open the links of a new epoch: its shards listen already when it is published."""
+
+
+class QueueFull(Exception):
+    """More requests wait than router.max_queue allows."""
+
+    def __init__(self, num_waiting: int, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{num_waiting} requests are waiting already; try again in {retry_after_s:.0f} s")
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """A snapshot for health checks and people. idle_s: since the last step ended, None before the first."""
+
+    epoch: int
+    linked: bool
+    num_steps: int
+    idle_s: float | None
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+
+
+class Engine:
+    """Owns the KV cache, the queue and the router's end of the fabric."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        fabric: Fabric,
+        tokenizer: Tokenizer,
+        *,
+        config: RouterConfig,
+        eos: frozenset[int],
+        on_outputs: Callable[[list[RequestOutput]], None],
+        on_lost: Callable[[PeerLost], None],
+    ) -> None:
+        """on_outputs, on_lost: called in the engine's thread, at most once per step; they must not block."""
+        shape, kv = trunk.shape, config.kv_cache
+        num_blocks = num_blocks_for(shape, kv, dtype=trunk.dtype)
+        self.max_model_len = min(shape.max_model_len, num_blocks * kv.block_size)
+        """Tokens of a prompt and its answer together."""
+        tables = BlockTables(
+            num_blocks=num_blocks,
+            block_size=kv.block_size,
+            max_requests=config.max_requests,
+            max_tokens=self.max_model_len,
+        )
+        cache = KVCache(shape, num_slots=num_blocks * kv.block_size, dtype=trunk.dtype, device=trunk.device)
+        self._trunk = trunk
+        self._fabric = fabric
+        self._tokenizer = tokenizer
+        self._config = config
+        self._eos = eos
+        self._on_outputs = on_outputs
+        self._on_lost = on_lost
+        self._attention = PagedAttention(cache, block_size=kv.block_size)
+        self._dispatcher = Dispatcher(fabric, device=trunk.device)
+        self._scheduler = Scheduler(tables, max_batch_tokens=config.max_batch_tokens)
+        self._live: dict[str, RunningRequest] = {}
+        self._plan: StepPlan | None = None
+        self._linked = False
+        self._unlinked_at = time.monotonic()
+        self._num_steps = 0
+        self._stepped_at: float | None = None
+        self._mailbox = Mailbox()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, *, timeout_s: float = 10.0) -> None:
+        """End the thread and close the links; requests that still run get no more output."""
+        self._mailbox.close()
+        self._fabric.abort("the engine stops")
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self._fabric.close()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for one that can never run, QueueFull when too many wait."""
+        num_tokens, vocab_size = len(request.prompt), self._trunk.shape.vocab_size
+        if not 1 <= num_tokens < self.max_model_len:
+            raise ValueError(f"the prompt has {num_tokens} tokens; at least 1 and at most {self.max_model_len - 1} fit")
+        if not all(0 <= token < vocab_size for token in request.prompt):
+            raise ValueError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
+        num_live = len(self._live) + self._mailbox.num_submitted
+        if num_live >= self._config.max_requests + self._config.max_queue:
+            raise QueueFull(num_live - self._config.max_requests, retry_after_s=1.0)
+        self._mailbox.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request: its row and blocks are free before the next step. Unknown ids are ignored."""
+        self._mailbox.cancel(request_id)
+
+    def adopt(self, members: Membership) -> None:
+        """Enter this epoch before the next step."""
+        self._mailbox.adopt(members)
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def status(self) -> EngineStatus:
+        stepped_at, tables = self._stepped_at, self._scheduler.tables
+        num_running = len(self._scheduler.running)
+        return EngineStatus(
+            epoch=self._dispatcher.epoch,
+            linked=self._linked,
+            num_steps=self._num_steps,
+            idle_s=None if stepped_at is None else time.monotonic() - stepped_at,
+            num_running=num_running,
+            num_waiting=len(self._live) + self._mailbox.num_submitted - num_running,
+            num_free_blocks=tables.num_free_blocks,
+            num_blocks=tables.num_blocks,
+        )
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        while not self._mailbox.closed:
+            mail = self._mailbox.take(or_until=lambda: self._linked and bool(self._live), timeout_s=1.0)
+            if mail.members is not None:
+                self._link(mail.members)
+            for request in mail.submitted:
+                self._begin(request)
+            for request_id in mail.cancelled:
+                self._forget(request_id)
+            if self._live and (outputs := self.step() if self._linked else self._give_up()):
+                self._on_outputs(outputs)
+
+    def step(self) -> list[RequestOutput]:
+        """One step. If it loses a shard, nothing of it is committed and the plan is kept for the next try."""
+        plan = self._plan = self._plan or self._scheduler.plan()
+        try:
+            logits_NV = self._forward(plan)
+        except PeerLost as loss:
+            self._unlink(loss)
+            return []
+        except Exception as error:  # whatever model code raises must not end the loop for the others
+            logger.exception("step %d failed", self._num_steps)
+            self._plan = None
+            return self._fail((part.running for part in plan.parts), f"step {self._num_steps} failed: {error}")
+        self._plan = None
+        self._num_steps += 1
+        self._stepped_at = time.monotonic()
+        return self._commit(plan, logits_NV)
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """Logits [N, V] of the rows that are sampled or scored, in plan order."""
+        device = self._trunk.device
+        attention = plan_attention(plan.chunks, self._scheduler.tables, dtype=self._trunk.dtype, device=device)
+        self._dispatcher.begin(step=self._num_steps, rows=plan.num_tokens)
+        return self._trunk.forward(
+            torch.tensor(plan.tokens(), device=device),
+            torch.tensor(plan.positions(), device=device),
+            keep_N=torch.tensor(plan.kept_rows(), dtype=torch.int64, device=device),
+            attention=self._attention,
+            plan=attention,
+            experts=self._dispatcher,
+        )
+
+    def _commit(self, plan: StepPlan, logits_NV: Tensor) -> list[RequestOutput]:
+        """Sample, then make the step visible: computed tokens, scores, text, freed blocks."""
+        kept = logits_NV.split([part.num_kept for part in plan.parts])
+        for part, part_NV in zip(plan.parts, kept, strict=True):
+            part.running.num_computed += part.chunk.count
+            if part.running.request.params.prompt_logprobs:
+                _score_prompt(part, part_NV)
+        sampling = [(part.running, part_NV[-1]) for part, part_NV in zip(plan.parts, kept, strict=True) if part.samples]
+        running = [running for running, _ in sampling]
+        try:
+            sampled = _sample(running, [row_V for _, row_V in sampling])
+        except LogitsError as error:
+            return self._fail([running[n] for n in error.rows], "the model computed logits that are not finite")
+        return [self._push(*pair) for pair in zip(running, sampled, strict=True)]
+
+    def _push(self, running: RunningRequest, sampled: Sampled) -> RequestOutput:
+        running.tokens.append(sampled.token)
+        output = running.answer.push(sampled)
+        if output.finish:
+            self._forget(output.id)
+        return output
+
+    def _begin(self, request: Request) -> None:
+        detokenizer = Detokenizer(self._tokenizer, request.prompt, stop=request.params.stop)
+        answer = Answer(request, detokenizer, eos=self._eos, max_model_len=self.max_model_len)
+        seed = random.getrandbits(63) if request.params.seed is None else request.params.seed
+        running = RunningRequest(request, answer, seed=seed)
+        self._live[request.id] = running
+        self._scheduler.add(running)
+
+    def _forget(self, request_id: str) -> None:
+        running = self._live.pop(request_id, None)
+        if running is not None:
+            self._scheduler.remove(running)
+            self._plan = self._plan and self._plan.without(running)
+
+    def _fail(self, running: Iterable[RunningRequest], why: str) -> list[RequestOutput]:
+        failed = [one.request.id for one in running]
+        for request_id in failed:
+            self._forget(request_id)
+        return [RequestOutput(id=request_id, finish="error", error=why) for request_id in failed]
+
+    def _link(self, members: Membership) -> None:
+        try:
+            self._dispatcher.adopt(members, timeout_s=LINK_TIMEOUT_S)
+        except PeerLost as loss:
+            self._unlink(loss)
+            return
+        self._linked = True
+        logger.info("epoch %d: %d shards linked", members.epoch, len(members.shards))
+
+    def _unlink(self, loss: PeerLost) -> None:
+        logger.warning("%s", loss)
+        if self._linked:
+            self._unlinked_at = time.monotonic()
+        self._linked = False
+        self._on_lost(loss)
+
+    def _give_up(self) -> list[RequestOutput]:
+        """Outputs that fail everything once the shards have been away for longer than the limit."""
+        stalled_s = time.monotonic() - self._unlinked_at
+        if stalled_s < self._config.stall_limit_s:
+            return []
+        return self._fail(list(self._live.values()), f"the expert shards have been away for {stalled_s:.0f} s")
+
+
+def _sample(running: Sequence[RunningRequest], rows: Sequence[Tensor]) -> list[Sampled]:
+    if not running:
+        return []
+    history = [
+        SamplingRow(one.request.params, one.seed, prompt=one.request.prompt, output=one.tokens[len(one.request.prompt) :])
+        for one in running
+    ]
+    return sample(torch.stack(list(rows)), history)
+
+
+def _score_prompt(part: PlannedChunk, part_NV: Tensor) -> None:
+    """Row i of a chunk gives the probability of the token after it; the last row of a prompt gives the answer's."""
+    prompt = part.running.request.prompt
+    next_tokens = prompt[part.chunk.start + 1 : part.chunk.start + part.chunk.count + 1]
+    logprob_T = prompt_logprobs(part_NV[: len(next_tokens)], torch.tensor(next_tokens, device=part_NV.device))
+    part.running.answer.score_prompt(
+        part.chunk.start,
+        [TokenLogprob(token, logprob) for token, logprob in zip(next_tokens, logprob_T.tolist(), strict=True)],
+    )

@@ -1,0 +1,203 @@
+"""From logits to tokens. Pure: a token depends on its row's logits, parameters, history and seed, and on nothing else.
+
+N rows (one per sampled request), R of them drawn at random, V vocabulary. Names, order and meaning are vLLM's (V1):
+penalties, then temperature, then min_p, top_k, top_p. Log-probabilities are of the logits before all of these.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from router.request import SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy (vLLM's bound): dividing by it would overflow float32
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What the sampler must know of one request, besides its logits.
+
+    seed: params.seed or, where that is None, the one that the request drew; it stays for the request's life.
+    output: the tokens generated so far. Their number is the position that, with the seed, keys the noise.
+    """
+
+    params: SamplingParams
+    seed: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token. logprob: None unless params.logprobs asked for it."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+class LogitsError(ArithmeticError):
+    """The largest logit of these rows is NaN or infinite: there is nothing to choose from."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        super().__init__(f"logits of rows {list(rows)} have no finite maximum")
+        self.rows = rows
+
+
+def sample(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    """One token per row; logits of any floating dtype and device are left as they are. -inf forbids a token.
+
+    Waits for the device once. Raises LogitsError, which names every bad row; the other rows may be sampled again.
+    """
+    assert len(logits_NV) == len(rows), (logits_NV.shape, len(rows))
+    peak_N, token_N = logits_NV.max(dim=-1)  # NaN wins; the lowest id wins a tie
+    if not all(_is_greedy(row.params) and not _has_penalty(row.params) for row in rows):
+        token_N = _choose(logits_NV.float(), rows)
+    columns = [token_N[:, None], peak_N[:, None]]
+    num_top = max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
+    if num_top is not None:
+        columns += _logprobs(logits_NV.float(), token_N, num_top=num_top)
+    table = torch.cat([column.double() for column in columns], dim=1).tolist()  # float64 holds every token id
+    bad = tuple(n for n, (_, peak, *_) in enumerate(table) if not math.isfinite(peak))
+    if bad:
+        raise LogitsError(bad)
+    return [_sampled(row.params, values) for row, values in zip(rows, table, strict=True)]
+
+
+def prompt_logprobs(logits_TV: Tensor, next_tokens_T: Tensor) -> Tensor:
+    """float32 [T]: the natural logarithm of the probability that row t gives next_tokens_T[t] (int64).
+
+    Stays on the device. A row with a NaN logit gives NaN.
+    """
+    return _logprob_of(logits_TV.float(), next_tokens_T[:, None]).squeeze(1)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The noise of one token: in [0, 1), a multiple of 2^-53, the same on every machine."""
+    key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+
+
+def _choose(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """int64 [N]. logits_NV: float32."""
+    penalised = [n for n, row in enumerate(rows) if _has_penalty(row.params)]
+    if penalised:
+        index = _tensor(penalised, logits_NV)
+        changed = _penalise(logits_NV[index], [rows[n] for n in penalised])
+        logits_NV = logits_NV.index_copy(0, index, changed)
+    token_N = logits_NV.argmax(dim=-1)
+    random = [n for n, row in enumerate(rows) if not _is_greedy(row.params)]
+    if random:
+        index = _tensor(random, logits_NV)
+        token_N[index] = _draw(logits_NV[index], [rows[n] for n in random])
+    return token_N
+
+
+def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """repetition_penalty: tokens of prompt and output, multiplied if negative, else divided. Then, for tokens of the
+    output, frequency_penalty is subtracted once per occurrence and presence_penalty once."""
+    params = [row.params for row in rows]
+    repetition_R1 = _column([p.repetition_penalty for p in params], logits_RV)
+    frequency_R1 = _column([p.frequency_penalty for p in params], logits_RV)
+    presence_R1 = _column([p.presence_penalty for p in params], logits_RV)
+    output_RV = _counts([row.output for row in rows], logits_RV)
+    seen_RV = (_counts([row.prompt for row in rows], logits_RV) + output_RV) > 0
+    repeated_RV = torch.where(logits_RV > 0, logits_RV / repetition_R1, logits_RV * repetition_R1)
+    logits_RV = torch.where(seen_RV, repeated_RV, logits_RV)
+    return logits_RV - frequency_R1 * output_RV - presence_R1 * (output_RV > 0)
+
+
+def _counts(tokens: Sequence[Sequence[int]], like_RV: Tensor) -> Tensor:
+    """int32 [R, V]: how often each token occurs in each row's sequence."""
+    vocabulary = like_RV.shape[1]
+    cells = _tensor([row * vocabulary + token for row, ids in enumerate(tokens) for token in ids], like_RV)
+    counts = torch.zeros(like_RV.numel(), dtype=torch.int32, device=like_RV.device)
+    return counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32)).view_as(like_RV)
+
+
+def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """int64 [R]: the first token at which the cumulated weight of the kept tokens exceeds uniform() of the total.
+
+    Weights are whole numbers, the likeliest token's 2^32: their float64 sums are exact below 2^21 tokens, so any
+    order of summation gives the same token, and never one of weight 0 (a share under 2^-33 of the likeliest's).
+    """
+    params = [row.params for row in rows]
+    logits_RV = logits_RV / _column([p.temperature for p in params], logits_RV)
+    peak_R1 = logits_RV.amax(dim=-1, keepdim=True)
+    min_p_R1 = _column([p.min_p for p in params], logits_RV)
+    logits_RV = logits_RV.masked_fill(logits_RV < peak_R1 + min_p_R1.log(), -torch.inf)
+    logits_RV = _keep_top_k(logits_RV, [p.top_k for p in params])
+    weights_RV = ((logits_RV - peak_R1).exp() * 2.0**32).round()
+    weights_RV = _keep_top_p(weights_RV, [p.top_p for p in params])
+    sums_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
+    noise_R1 = _column([uniform(row.seed, len(row.output)) for row in rows], sums_RV)
+    drawn_R1 = torch.searchsorted(sums_RV, noise_R1 * sums_RV[:, -1:], right=True)
+    return drawn_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)  # a row of NaN, soon refused, gives V
+
+
+def _keep_top_k(logits_RV: Tensor, top_k: Sequence[int]) -> Tensor:
+    """Others become -inf. Tokens that tie with the k-th stay; 0 keeps all."""
+    largest = min(max(top_k), logits_RV.shape[1])
+    if largest == 0:
+        return logits_RV
+    top_Rk = logits_RV.topk(largest).values
+    k_R1 = _tensor(top_k, logits_RV)[:, None]
+    kth_R1 = top_Rk.gather(1, k_R1.clamp(1, largest) - 1)
+    return logits_RV.masked_fill((k_R1 > 0) & (logits_RV < kth_R1), -torch.inf)
+
+
+def _keep_top_p(weights_RV: Tensor, top_p: Sequence[float]) -> Tensor:
+    """Keeps a token if those before it, likeliest first and lower ids first among equals, weigh less than top_p of
+    all; others become 0. Sorts only the rows that ask."""
+    nucleus = [r for r, p in enumerate(top_p) if p < 1]
+    if not nucleus:
+        return weights_RV
+    index = _tensor(nucleus, weights_RV)
+    sorted_RV, order_RV = weights_RV[index].sort(dim=-1, descending=True, stable=True)
+    sums_RV = sorted_RV.cumsum(dim=-1, dtype=torch.float64)
+    bound_R1 = _column([top_p[r] for r in nucleus], sums_RV) * sums_RV[:, -1:]
+    sorted_RV = sorted_RV.masked_fill(sums_RV - sorted_RV >= bound_R1, 0)
+    return weights_RV.index_copy(0, index, torch.zeros_like(sorted_RV).scatter(1, order_RV, sorted_RV))
+
+
+def _logprobs(logits_NV: Tensor, token_N: Tensor, *, num_top: int) -> list[Tensor]:
+    """[N, 1] of the chosen token; then, per alternative, likeliest first, [N, 2]: its id and its logprob."""
+    ids_Nk = logits_NV.topk(min(num_top, logits_NV.shape[1])).indices
+    logprob_Nk = _logprob_of(logits_NV, torch.cat([token_N[:, None], ids_Nk], dim=1))
+    top_Nk2 = torch.stack([ids_Nk.double(), logprob_Nk[:, 1:].double()], dim=2)
+    return [logprob_Nk[:, :1], top_Nk2.flatten(start_dim=1)]
+
+
+def _logprob_of(logits_NV: Tensor, ids_Nk: Tensor) -> Tensor:
+    """[N, k], logits_NV's dtype."""
+    return logits_NV.gather(1, ids_Nk) - logits_NV.logsumexp(dim=-1, keepdim=True)
+
+
+def _sampled(params: SamplingParams, values: Sequence[float]) -> Sampled:
+    """values: token, peak and, if any row asked, the row of _logprobs."""
+    token = int(values[0])
+    if params.logprobs is None:
+        return Sampled(token)
+    top = [(int(id_), logprob) for id_, logprob in zip(values[3::2], values[4::2], strict=True)]
+    return Sampled(token, TokenLogprob(token, values[2], tuple(top[: params.logprobs])))
+
+
+def _tensor(values: Sequence[int], like: Tensor) -> Tensor:
+    """int64, on like's device. Does not wait for it."""
+    return torch.tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """[R, 1], like's dtype and device. Does not wait for it."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None]

@@ -1,0 +1,201 @@
+"""dispatch + combine over fabric `tcp`: python -m tests.bench.dispatch [--output FILE]
+
+Two shard processes whose forward only scales, so the wire is what is measured. `bare` is the floor: the same bytes
+through bare sockets between the same number of processes, no header checked, nothing summed. Both are taken in turns,
+round by round. A layer costs the router two system calls per shard, and each shard two.
+"""
+
+import argparse
+import multiprocessing
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from experts.fabric import Membership, ShardAddress, StepHeader
+from experts.fabric.frames import HEADER_BYTES, FrameShape
+from experts.fabric.link import ShardListener
+from experts.fabric.tcp import TcpFabric
+from experts.placement import even_placement
+from experts.weights import MoEShape
+from tests.bench import report
+
+HIDDEN = 2048
+TOP_K = 8
+NUM_EXPERTS = 128
+CASES = [(rows, dtype) for dtype in (torch.bfloat16, torch.float32) for rows in (1, 16, 256)]
+GOALS_US = {(1, torch.bfloat16): 50.0, (256, torch.bfloat16): 900.0}
+
+
+class ScalingShard:
+    """An ExpertShard without experts."""
+
+    device = torch.device("cpu")
+    shape = MoEShape(num_layers=1, moe_layers=(0,), num_experts=NUM_EXPERTS, hidden=HIDDEN, intermediate=768)
+
+    def __init__(self, rank: int, dtype: torch.dtype) -> None:
+        self.rank = rank
+        self.dtype = dtype
+
+    def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        torch.mul(x_TD, 0.5, out=out_TD)
+
+
+def shard_process(rank: int, dtype: torch.dtype, parent: Connection) -> None:
+    torch.set_num_threads(1)
+    listener = ShardListener(
+        ScalingShard(rank, dtype), host="127.0.0.1", name=f"bench-{rank}", token=b"bench"
+    )
+    parent.send(listener.address)
+    parent.poll(None)  # the parent closes its end
+    listener.close()
+
+
+def bare_process(num_in: int, num_out: int, parent: Connection) -> None:
+    """Answer num_in bytes with num_out bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        parent.send(server.getsockname())
+        sock, _ = server.accept()
+    request, reply = memoryview(bytearray(num_in)), memoryview(bytearray(num_out))
+    with sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while sock.recv_into(request, 0, socket.MSG_WAITALL):
+            sock.sendall(reply)
+
+
+@contextmanager
+def processes(target: Callable[..., None], arguments: list[tuple]) -> Iterator[list]:
+    """Start a process for each tuple of arguments; yields what each sent first, ends them by closing their pipe."""
+    context = multiprocessing.get_context("spawn")
+    started, pipes = [], []
+    for values in arguments:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(*values, theirs))
+        process.start()
+        theirs.close()
+        started.append(process)
+        pipes.append(ours)
+    try:
+        yield [pipe.recv() for pipe in pipes]
+    finally:
+        for pipe, process in zip(pipes, started, strict=True):
+            pipe.close()
+            process.join(10)
+
+
+@contextmanager
+def fabric_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
+    """A function that dispatches and combines once, against shard processes that live as long as this context."""
+    with processes(shard_process, [(rank, dtype) for rank in range(num_shards)]) as addresses:
+        shards: list[ShardAddress] = addresses
+        placement = even_placement((0,), num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_shards)
+        fabric = TcpFabric(hidden=HIDDEN, wire_dtype=dtype, slow_after_s=2, dead_after_s=10)
+        fabric.connect(Membership(epoch=1, shards=tuple(shards), placement=placement), timeout_s=5)
+        fabric.begin(StepHeader(epoch=1, step=0, rows=rows))
+        x_TD = torch.randn(rows, HIDDEN, dtype=dtype)
+        phys_TK = torch.randint(NUM_EXPERTS, (rows, TOP_K), dtype=torch.int32)
+        w_TK = torch.rand(rows, TOP_K)
+        out_TD = torch.empty_like(x_TD)
+        yield lambda: fabric.combine(fabric.dispatch(0, x_TD, phys_TK, w_TK), out_TD)
+        fabric.close()
+
+
+@contextmanager
+def bare_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
+    """A function that moves a layer's bytes through bare sockets."""
+    num_out, num_in = frame_bytes(rows, dtype)
+    request, replies = bytes(num_out), [memoryview(bytearray(num_in)) for _ in range(num_shards)]
+    with processes(bare_process, [(num_out, num_in)] * num_shards) as addresses:
+        sockets = [socket.create_connection(address) for address in addresses]
+
+        def layer() -> None:
+            for sock in sockets:
+                sock.sendall(request)
+            for sock, reply in zip(sockets, replies, strict=True):
+                sock.recv_into(reply, 0, socket.MSG_WAITALL)
+
+        for sock in sockets:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield layer
+        for sock in sockets:
+            sock.close()
+
+
+def frame_bytes(rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes to one shard and back, per layer."""
+    shape = FrameShape(rows, HIDDEN, TOP_K, dtype)
+    return HEADER_BYTES + shape.layer_bytes, HEADER_BYTES + shape.partial_bytes
+
+
+def timed(layer: Callable[[], None], *, warmup: int, iterations: int) -> list[float]:
+    """Seconds of each call."""
+    for _ in range(warmup):
+        layer()
+    samples = []
+    for _ in range(iterations):
+        began = time.perf_counter()
+        layer()
+        samples.append(time.perf_counter() - began)
+    return samples
+
+
+def measure(rows: int, dtype: torch.dtype, *, num_shards: int, num_rounds: int) -> dict:
+    iterations = 2000 if rows < 256 else 300
+    wire, bare = [], []
+    with (
+        fabric_layer(rows, dtype, num_shards) as over_wire,
+        bare_layer(rows, dtype, num_shards) as over_sockets,
+    ):
+        for _ in range(num_rounds):
+            wire.append(timed(over_wire, warmup=50, iterations=iterations))
+            bare.append(timed(over_sockets, warmup=50, iterations=iterations))
+    return {
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": num_shards * sum(frame_bytes(rows, dtype)),
+        "goal_p50_us": GOALS_US.get((rows, dtype)),
+        **report.spread(wire, unit="us", scale=1e6),
+        "bare": report.spread(bare, unit="us", scale=1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write the JSON line to tests/bench/results/FILE"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(
+        f"{'shape':>12} {'dtype':>9} {'bytes':>9} {'p50 µs':>8} {'quietest':>8} {'p99 µs':>8} {'bare p50':>8} {'goal':>6}"
+    )
+    results = []
+    for rows, dtype in CASES:
+        result = measure(rows, dtype, num_shards=arguments.shards, num_rounds=arguments.rounds)
+        results.append(result)
+        print(
+            f"{f'[{rows},{HIDDEN}]':>12} {result['dtype']:>9} {result['bytes']:>9} {result['p50_us']:>8} "
+            f"{result['p50_rounds_us'][0]:>8} {result['p99_us']:>8} {result['bare']['p50_us']:>8} "
+            f"{result['goal_p50_us'] or '':>6}"
+        )
+    config = {
+        "shards": arguments.shards,
+        "rounds": arguments.rounds,
+        "hidden": HIDDEN,
+        "top_k": TOP_K,
+        "threads": 1,
+    }
+    report.emit("dispatch", results, config=config, output=arguments.output)
+
+
+if __name__ == "__main__":
+    main()

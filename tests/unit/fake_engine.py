@@ -1,0 +1,92 @@
+"""What the ingress's tests put around it: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from deploy.engine_client import EngineClient, Readiness
+from deploy.ingress import build_ingress
+from router.request import FinishReason, Request, RequestOutput, TokenLogprob
+
+MAX_MODEL_LEN = 64
+
+Step = RequestOutput | Exception | None
+"""What an engine does next: put out, fail, or (None) wait until it is cancelled."""
+
+
+class ByteTokenizer:
+    vocab_size = 256
+
+    def encode(self, text: str, /) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, *, template_kwargs: Mapping[str, Any]
+    ) -> list[int]:
+        if messages[-1]["content"] == "refuse":
+            raise ValueError("the chat template failed: no")
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    def token_text(self, token_id: int, /) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int, /) -> bytes:
+        return bytes([token_id])
+
+
+class FakeEngine:
+    """Plays the script for every request. running: ids of the requests that hold a slot."""
+
+    def __init__(self, script: Sequence[Step] | Callable[[Request], Sequence[Step]]) -> None:
+        self._script = script if callable(script) else lambda request: script
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.readiness: Readiness | Exception = Readiness(ready=True, detail={"epoch": 3})
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        self.requests.append(request)
+        self.running.add(request.id)
+        try:
+            for step in self._script(request):
+                await asyncio.sleep(0)
+                if step is None:
+                    await asyncio.Event().wait()
+                elif isinstance(step, Exception):
+                    raise step
+                else:
+                    yield replace(step, id=request.id)
+        finally:
+            self.running.discard(request.id)
+
+    async def ready(self) -> Readiness:
+        if isinstance(self.readiness, Exception):
+            raise self.readiness
+        return self.readiness
+
+
+def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = False) -> list[Step]:
+    """Outputs with these texts, a token for each byte; the last one finishes."""
+    return [
+        RequestOutput(
+            id="",
+            text=text,
+            tokens=tuple(text.encode()),
+            logprobs=tuple(TokenLogprob(t, -0.5, ((t, -0.5), (0, -2.0))) for t in text.encode() if logprobs),
+            finish=finish if place == len(texts) else None,
+        )
+        for place, text in enumerate(texts, start=1)
+    ]
+
+
+def ingress_over(engine: EngineClient) -> FastAPI:
+    return build_ingress(
+        client=engine, tokenizer=ByteTokenizer(), model_name="demo", max_model_len=MAX_MODEL_LEN
+    )
+
+
+def http_client(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
