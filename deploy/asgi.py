@@ -99,14 +99,17 @@ async def _until_disconnect(work: Awaitable[None], receive: Receive) -> None:
         worker.cancel()
         watcher.cancel()
         await asyncio.wait((worker, watcher))
-    for task in (worker, watcher):
-        if not task.cancelled():
-            task.result()
+    if not worker.cancelled():
+        worker.result()
 
 
 async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Return when the client has left."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except Exception as error:  # noqa: BLE001 Ray Serve raises some error of its own for a client that left
+        logger.info("%s: the connection is lost: %s", request_id.get(), type(error).__name__)
 
 
 class EventStream(Response):

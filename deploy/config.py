@@ -92,6 +92,10 @@ class Application(Config):
             raise ValueError(f"deployments must name Router once and Ingress at most once, got {names}")
         return self
 
+    @property
+    def experts(self) -> ExpertsConfig:
+        return next(d.user_config.experts for d in self.deployments if isinstance(d, RouterDeployment))
+
 
 class ServeFile(Config):
     """The whole file. Serve ignores misspelt deployment fields; we do not."""

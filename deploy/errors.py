@@ -57,7 +57,7 @@ def invalid_body(error: ValidationError, body: bytes) -> ApiError:
     """What a body that a pydantic model refused is answered with: its most precise complaint."""
     complaints = error.errors(include_url=False, include_input=False)
     if complaints[0]["type"] == "json_invalid":
-        return ApiError(400, f"The body is not valid JSON: {complaints[0]['msg']}")
+        return ApiError(400, complaints[0]["msg"])
     sent = from_json(body)
     paths = [_path(sent, complaint["loc"], complaint["type"]) for complaint in complaints]
     path, complaint = max(zip(paths, complaints, strict=True), key=lambda pair: len(pair[0]))

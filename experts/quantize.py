@@ -75,11 +75,10 @@ def _copy_small_files(src: Path, dst: Path) -> None:
 
 def _hf_quant_config(checkpoint: ExpertCheckpoint) -> dict[str, object]:
     """As ModelOpt 0.47 writes it: servers look for its name. Exclusions are spelt out where it has wildcards."""
-    excluded = [
-        name.removesuffix(".weight")
-        for name in checkpoint.other_names()
-        if name.endswith(".weight") and len(checkpoint.files.shape(name)) > 1
-    ]
+    excluded = {"lm_head"}  # which has no tensor where embeddings are tied
+    for name in checkpoint.other_names():
+        if name.endswith(".weight") and len(checkpoint.files.shape(name)) > 1:
+            excluded.add(name.removesuffix(".weight"))
     return {
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "quantization": {

@@ -108,7 +108,6 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], *, file_byt
         save_file(batch, path / f"{len(names_of_file)}.part", metadata={"format": "pt"})
         names_of_file.append(list(batch))
         total_bytes += sum(tensor.nbytes for tensor in batch.values())
-        batch.clear()  # before the next one grows
     count = len(names_of_file)
     if count == 1:
         (path / "0.part").rename(path / "model.safetensors")
@@ -124,12 +123,16 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], *, file_byt
 
 
 def _batches(tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Each is emptied when the next is asked for, so that the two are never in memory together."""
     batch: dict[str, Tensor] = {}
+    num_bytes = 0
     for name, tensor in tensors:
-        if batch and sum(held.nbytes for held in batch.values()) + tensor.nbytes > file_bytes:
+        if batch and num_bytes + tensor.nbytes > file_bytes:
             yield batch
-            batch = {}
+            batch.clear()
+            num_bytes = 0
         batch[name] = tensor
+        num_bytes += tensor.nbytes
     yield batch
 
 

@@ -31,6 +31,9 @@ class RouterConfig(Config):
     stall_limit_s: float = Field(default=900.0, gt=0)
     """How long requests wait for lost shards before they fail (HTTP 503)."""
 
+    ready_within_s: float = Field(default=10.0, gt=0)
+    """/ready is true while the last decode step is no older than this; else it makes one."""
+
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the trunk; None leaves it to torch, which takes every core."""
 

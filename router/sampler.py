@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +113,8 @@ def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     frequency_R1 = _column([p.frequency_penalty for p in params], logits_RV)
     presence_R1 = _column([p.presence_penalty for p in params], logits_RV)
     output_RV = _counts([row.output for row in rows], logits_RV)
-    seen_RV = (_counts([row.prompt for row in rows], logits_RV) + output_RV) > 0
+    prompts = [row.prompt if row.params.repetition_penalty != 1 else () for row in rows]
+    seen_RV = (_counts(prompts, logits_RV) + output_RV) > 0
     repeated_RV = torch.where(logits_RV > 0, logits_RV / repetition_R1, logits_RV * repetition_R1)
     logits_RV = torch.where(seen_RV, repeated_RV, logits_RV)
     return logits_RV - frequency_R1 * output_RV - presence_R1 * (output_RV > 0)
@@ -121,7 +123,9 @@ def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _counts(tokens: Sequence[Sequence[int]], like_RV: Tensor) -> Tensor:
     """int32 [R, V]: how often each token occurs in each row's sequence."""
     vocabulary = like_RV.shape[1]
-    cells = _tensor([row * vocabulary + token for row, ids in enumerate(tokens) for token in ids], like_RV)
+    # By way of numpy, which reads a list of integers eight times faster than torch.
+    cells = np.concatenate([np.array(ids, np.int64) + row * vocabulary for row, ids in enumerate(tokens)])
+    cells = torch.from_numpy(cells).to(like_RV.device, non_blocking=True)
     counts = torch.zeros(like_RV.numel(), dtype=torch.int32, device=like_RV.device)
     return counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32)).view_as(like_RV)
 
@@ -134,16 +138,22 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """
     params = [row.params for row in rows]
     logits_RV = logits_RV / _column([p.temperature for p in params], logits_RV)
-    peak_R1 = logits_RV.amax(dim=-1, keepdim=True)
-    min_p_R1 = _column([p.min_p for p in params], logits_RV)
-    logits_RV = logits_RV.masked_fill(logits_RV < peak_R1 + min_p_R1.log(), -torch.inf)
+    logits_RV = _keep_min_p(logits_RV, [p.min_p for p in params])
     logits_RV = _keep_top_k(logits_RV, [p.top_k for p in params])
-    weights_RV = ((logits_RV - peak_R1).exp() * 2.0**32).round()
+    weights_RV = ((logits_RV - logits_RV.amax(dim=-1, keepdim=True)).exp() * 2.0**32).round()
     weights_RV = _keep_top_p(weights_RV, [p.top_p for p in params])
     sums_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
     noise_R1 = _column([uniform(row.seed, len(row.output)) for row in rows], sums_RV)
     drawn_R1 = torch.searchsorted(sums_RV, noise_R1 * sums_RV[:, -1:], right=True)
     return drawn_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)  # a row of NaN, soon refused, gives V
+
+
+def _keep_min_p(logits_RV: Tensor, min_p: Sequence[float]) -> Tensor:
+    """Tokens less likely than min_p times the likeliest become -inf."""
+    if not any(min_p):
+        return logits_RV
+    bound_R1 = logits_RV.amax(dim=-1, keepdim=True) + _column(min_p, logits_RV).log()
+    return logits_RV.masked_fill(logits_RV < bound_R1, -torch.inf)
 
 
 def _keep_top_k(logits_RV: Tensor, top_k: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ class TrunkShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    hidden: int
     vocab_size: int
     max_model_len: int
 
@@ -22,6 +23,7 @@ def shape_of(config: PreTrainedConfig) -> TrunkShape:
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
+        hidden=config.hidden_size,
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,
     )

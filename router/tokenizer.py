@@ -135,7 +135,9 @@ class Detokenizer:
         self._context = self._visible(prompt[-_PROMPT_TAIL:])
         self._pending: list[int] = []
         self._shown = tokenizer.decode(self._context)
-        while self._shown.startswith(_UNFINISHED):  # cut within a character, which can spoil all bytes that follow
+        while self._shown.startswith(
+            _UNFINISHED
+        ):  # cut within a character, which can spoil all bytes that follow
             self._context = self._context[1:]
             self._shown = tokenizer.decode(self._context)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from experts.fabric import ShardAddress
-from experts.fabric.frames import Header, PartialFrame
+from experts.fabric import ShardAddress, StepHeader
+from experts.fabric.frames import BadFrame, Form, FrameShape, LayerFrame, PartialFrame, layer_of
 from experts.fabric.handshake import prove_router
 from experts.fabric.sockets import prepare, receive_frame, send_frame, set_kernel_timeout, shut
 
@@ -21,7 +21,7 @@ ANSWER_GRACE_S = 1.0
 
 
 class Patience(NamedTuple):
-    """How long a shard may take over the layer at hand: it is reported after slow_s, dead after dead_s."""
+    """How long a shard may take over one layer: it is reported after slow_s and dead after dead_s."""
 
     slow_s: float
     dead_s: float
@@ -34,12 +34,13 @@ class ShardLink:
         self.address = address
         self._socket = sock
         self._reply = PartialFrame(pinned=torch.cuda.is_available())
-        self._kernel_timeouts: dict[int, float] = {}
         self._owes_answer = False
-        self._patience = Patience(0.0, 0.0)
         self._sent_at = 0.0
         self._give_up_at = 0.0
-        self._reported_step = -1
+        self._step = -1
+        self._layer = -1
+        self._reported = False
+        self._patience: Patience | None = None
 
     @classmethod
     def open(cls, address: ShardAddress, *, timeout_s: float, silence_s: float) -> Self:
@@ -58,66 +59,3 @@ class ShardLink:
             sock.close()
             raise
         return cls(address, sock)
-
-    @property
-    def idle(self) -> bool:
-        """Open, and owed nothing: an answer that is still on its way would be taken for the next one."""
-        if self._owes_answer:
-            return False
-        with suppress(BlockingIOError):
-            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            return False  # the end of the stream, or bytes that nobody asked for
-        return True
-
-    def send(self, frame: memoryview, patience: Patience) -> None:
-        """Raises OSError."""
-        self._owes_answer = True
-        self._patience = patience
-        self._give_up_at = time.monotonic() + patience.dead_s
-        self._set_kernel_timeout(socket.SO_SNDTIMEO, patience.dead_s)
-        send_frame(self._socket, frame, keep_waiting=self._keep_sending)
-        self._sent_at = time.monotonic()
-
-    def receive(self, expected: Header) -> Tensor:
-        """The partial sums that answer the last frame: [T, D], this link's memory, until the next receive.
-
-        Raises OSError or FabricError.
-        """
-        self._reply.shape_for(expected.shape)
-        self._expected = expected
-        self._give_up_at = max(self._sent_at + self._patience.dead_s, time.monotonic() + ANSWER_GRACE_S)
-        self._set_kernel_timeout(socket.SO_RCVTIMEO, self._patience.slow_s)
-        receive_frame(self._socket, self._reply, accept=expected.__eq__, keep_waiting=self._keep_receiving)
-        self._owes_answer = False
-        return self._reply.partial_TD
-
-    def shut(self) -> None:
-        """From any thread: the call in progress and all later ones raise."""
-        shut(self._socket)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _keep_sending(self) -> None:
-        if time.monotonic() >= self._give_up_at:
-            raise TimeoutError(f"took no bytes for {self._patience.dead_s:.3g} s")
-
-    def _keep_receiving(self) -> None:
-        now = time.monotonic()
-        waited_s = now - self._sent_at
-        if now >= self._give_up_at:
-            raise TimeoutError(f"no answer for {waited_s:.3g} s")
-        if waited_s < self._patience.slow_s:
-            return
-        if self._reported_step != self._expected.step:
-            self._reported_step = self._expected.step
-            logger.warning(
-                "shard %d (%s) is slow: no answer to step %d, layer %d for %.3g s",
-                self.address.rank, self.address.name, self._expected.step, self._expected.layer, waited_s,
-            )  # fmt: skip
-        self._set_kernel_timeout(socket.SO_RCVTIMEO, self._give_up_at - now)
-
-    def _set_kernel_timeout(self, option: int, seconds: float) -> None:
-        if self._kernel_timeouts.get(option) != seconds:
-            self._kernel_timeouts[option] = seconds
-            set_kernel_timeout(self._socket, option, seconds)

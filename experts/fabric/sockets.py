@@ -1,13 +1,13 @@
 """Frames through a blocking socket, with the kernel's own timeouts (Python's would cost a poll per call)."""
 
-import contextlib
 import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from experts.fabric import FabricError
-from experts.fabric.frames import HEADER_BYTES, BadFrame, FrameBuffer, Header, Kind
+from experts.fabric.frames import HEADER_BYTES, BadFrame, Form, FrameBuffer, Kind
 
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
@@ -16,6 +16,18 @@ KEEPALIVE_PROBES = 3
 
 class PeerError(FabricError):
     """The sentence of an ERROR frame: what the peer says it could not do."""
+
+
+class Deadline:
+    """A keep_waiting that gives up some seconds after its making."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._at:
+            raise TimeoutError(f"no answer within {self._seconds:.1f} s")
 
 
 def prepare(sock: socket.socket) -> None:
@@ -34,77 +46,68 @@ def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(micros, 1_000_000)))
 
 
-class Deadline:
-    """A keep_waiting that gives up some seconds after its making."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._at = time.monotonic() + seconds
-
-    def __call__(self) -> None:
-        if time.monotonic() >= self._at:
-            raise TimeoutError(f"no answer within {self._seconds:.1f} s")
-
-
 def send_frame(sock: socket.socket, frame: memoryview, *, keep_waiting: Callable[[], None]) -> None:
-    """Send all bytes. keep_waiting is called after each time-out and each partial write; it raises to give up."""
-    sent = 0
-    while True:
-        with contextlib.suppress(BlockingIOError):  # SO_SNDTIMEO passed
-            sent += sock.send(frame[sent:] if sent else frame)
-        if sent == len(frame):
-            return
+    """Send all bytes. keep_waiting: called after each time-out and each partial write; it raises to give up."""
+    sent = _send_some(sock, frame)
+    while sent < len(frame):
         keep_waiting()
+        sent += _send_some(sock, frame[sent:])
 
 
 def receive_frame(
     sock: socket.socket,
     buffer: FrameBuffer,
     *,
-    accept: Callable[[Header], bool],
+    accept: Callable[[Form], bool],
     keep_waiting: Callable[[], None],
-) -> Header:
-    """Read one frame into `buffer`; `accept` judges its header before its payload gets any memory.
+) -> Form | None:
+    """Read one frame into `buffer`. Returns None if it has the form that the buffer is laid out for, else its form.
 
-    The first read takes what has arrived, so a small frame costs one system call. That may not cut into a next
-    frame, because no peer sends one before it has an answer to the first.
+    The first read takes what has arrived, so a small frame costs one system call. It cannot cut into a next frame,
+    because no peer sends one before it has an answer to the first.
+    accept: judges another form before the payload gets any memory; ERROR frames need no leave.
     keep_waiting: called after each time-out and each read that was short; it raises to give up.
     Raises BadFrame, PeerError for an ERROR frame, ConnectionError at the end of the stream.
     """
-    received = _receive_until(sock, buffer.view, 0, HEADER_BYTES, keep_waiting)
-    header = Header.read(buffer.view)
-    if header.kind is not Kind.ERROR and not accept(header):
-        raise BadFrame(f"unexpected frame: {header}")
-    total = HEADER_BYTES + header.payload_bytes
-    if received > total:
-        raise BadFrame(f"{received - total} bytes after a frame that was not answered yet: {header}")
-    if received < total:
-        buffer.reserve(header.payload_bytes, keep=received)
-        _receive_until(sock, buffer.view[:total], received, total, keep_waiting)
-    if header.kind is Kind.ERROR:
-        raise PeerError(str(buffer.view[HEADER_BYTES:total], "utf-8", "replace"))
-    return header
-
-
-def _receive_until(
-    sock: socket.socket, view: memoryview, received: int, enough: int, keep_waiting: Callable[[], None]
-) -> int:
-    """Read into `view` until it holds `enough` bytes; more may come, up to its length. Returns how many it holds."""
-    flags = socket.MSG_WAITALL if enough == len(view) else 0
-    while True:
-        try:
-            num_bytes = sock.recv_into(view[received:] if received else view, 0, flags)
-        except BlockingIOError:  # SO_RCVTIMEO passed
-            num_bytes = -1
-        if num_bytes == 0:
-            raise ConnectionResetError("it closed the link")
-        received += max(0, num_bytes)
-        if received >= enough:
-            return received
+    received = _receive_some(sock, buffer.view)
+    if received == len(buffer.frame) and buffer.form == buffer.known_form:
+        return None
+    while received < HEADER_BYTES:
         keep_waiting()
+        received += _receive_some(sock, buffer.view[received:])
+    form = Form.unpack(buffer.form)
+    if form.kind is not Kind.ERROR and not accept(form):
+        raise BadFrame(f"unexpected frame: {form}")
+    total = HEADER_BYTES + form.payload_bytes
+    if received > total:
+        raise BadFrame(f"{received - total} bytes after a frame that has no answer yet: {form}")
+    buffer.reserve(form.payload_bytes, keep=received)
+    while received < total:
+        keep_waiting()
+        received += _receive_some(sock, buffer.view[received:total], socket.MSG_WAITALL)
+    if form.kind is Kind.ERROR:
+        raise PeerError(str(buffer.view[HEADER_BYTES:total], "utf-8", "replace"))
+    return None if buffer.form == buffer.known_form else form
 
 
 def shut(sock: socket.socket) -> None:
     """Wake every thread that waits on this socket; they find it at its end. The owner still has to close it."""
-    with contextlib.suppress(OSError):  # it never was connected, or its peer was faster
+    with suppress(OSError):  # it never was connected, or its peer was faster
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def _send_some(sock: socket.socket, frame: memoryview) -> int:
+    try:
+        return sock.send(frame)
+    except BlockingIOError:  # SO_SNDTIMEO passed
+        return 0
+
+
+def _receive_some(sock: socket.socket, view: memoryview, flags: int = 0) -> int:
+    try:
+        received = sock.recv_into(view, 0, flags)
+    except BlockingIOError:  # SO_RCVTIMEO passed
+        return 0
+    if received == 0:
+        raise ConnectionResetError("it closed the link")
+    return received

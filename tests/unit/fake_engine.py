@@ -13,6 +13,9 @@ from deploy.ingress import build_ingress
 from router.request import FinishReason, Request, RequestOutput, TokenLogprob
 
 MAX_MODEL_LEN = 64
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
 Step = RequestOutput | Exception | None
 """What an engine does next: put out, fail, or (None) wait until it is cancelled."""
@@ -90,3 +93,11 @@ def ingress_over(engine: EngineClient) -> FastAPI:
 
 def http_client(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error, after checking that it has OpenAI's shape."""
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert response.headers["content-type"] == "application/json"
+    return error

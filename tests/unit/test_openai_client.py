@@ -1,14 +1,14 @@
 """The endpoint as OpenAI's own client reads it: everything below goes through its typed parsing."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from deploy.engine_client import QueueFull, RouterLost
-from router.request import Request, RequestOutput
+from router.request import Request, RequestOutput, TokenLogprob
 from tests.unit.fake_engine import FakeEngine, Step, http_client, ingress_over, says
 
 pytestmark = pytest.mark.anyio
@@ -22,12 +22,9 @@ def anyio_backend() -> str:
 
 
 def client_of(engine: FakeEngine) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url="http://test/v1",
-        api_key="none",
-        max_retries=0,
-        http_client=http_client(ingress_over(engine)),
-    )
+    # Any: openai 3 wants httpx2's client, openai 2 httpx's; either works.
+    over_asgi: Any = http_client(ingress_over(engine))
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=over_asgi)
 
 
 async def test_a_chat_is_one_message_with_usage() -> None:
@@ -110,10 +107,8 @@ async def test_chat_logprobs_have_bytes_and_alternatives(stream: bool) -> None:
 
 
 async def test_an_impossible_token_has_openais_least_logprob() -> None:
-    (output,) = says("a", logprobs=True)
-    assert isinstance(output, RequestOutput)
-    scored = output.logprobs[0].__class__(97, float("-inf"))
-    client = client_of(FakeEngine([RequestOutput("", "a", (97,), (scored,), finish="stop")]))
+    impossible = RequestOutput("", "a", (97,), (TokenLogprob(97, -inf),), finish="stop")
+    client = client_of(FakeEngine([impossible]))
     chat = await client.chat.completions.create(model="demo", messages=HELLO, logprobs=True)
     assert chat.choices[0].logprobs is not None
     assert chat.choices[0].logprobs.content is not None
@@ -211,9 +206,13 @@ async def test_a_failure_in_the_middle_of_a_stream_raises_after_what_came(failur
     client = client_of(engine := FakeEngine([*says("some text", finish=None), failure]))
     stream = await client.chat.completions.create(model="demo", messages=HELLO, stream=True, n=n)
     texts = []
-    with pytest.raises(openai.APIError) as caught:
+
+    async def read() -> None:
         async for chunk in stream:
             texts.append(chunk.choices[0].delta.content)
+
+    with pytest.raises(openai.APIError) as caught:
+        await read()
     assert "some text" in texts
     assert caught.value.type == "server_error"
     assert "secret" not in str(caught.value)
@@ -225,5 +224,4 @@ async def test_retry_after_says_when_in_whole_seconds() -> None:
         client = client_of(FakeEngine([failure]))
         with pytest.raises(openai.APIStatusError) as caught:
             await client.completions.create(model="demo", prompt="x")
-        response: httpx.Response = caught.value.response
-        assert response.headers["retry-after"] == seconds
+        assert caught.value.response.headers["retry-after"] == seconds

@@ -1,0 +1,5 @@
+"""`python -m deploy` is `sparkmoe`."""
+
+from deploy.cli import main
+
+main()

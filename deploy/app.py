@@ -1,0 +1,57 @@
+"""`import_path: deploy.app:build`: the Serve application that a config file names."""
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from deploy.client import HandleClient
+from deploy.config import AppArgs
+from deploy.ingress import build_ingress
+from deploy.replica import RouterReplica
+from router.shape import shape_of
+from router.tokenizer import Tokenizer
+from router.trunk import read_config
+
+MANY = 100_000
+"""Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
+
+
+class IngressReplica:
+    """Answers HTTP. Serve calls `__serve_build_asgi_app__` after the constructor, in the replica's event loop."""
+
+    def __init__(self, router: DeploymentHandle, args: AppArgs) -> None:
+        self._args = args
+        self._client = HandleClient(router)
+        self._client.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        model = self._args.model
+        return build_ingress(
+            client=self._client,
+            tokenizer=Tokenizer(model.path),
+            model_name=model.name,
+            max_model_len=shape_of(read_config(model.path)).max_model_len,
+        )
+
+
+def build(args: AppArgs) -> Application:
+    """Refuses, with a sentence, a model that cannot be served before any replica starts."""
+    read_config(args.model.path)
+    router = serve.deployment(
+        RouterReplica,
+        name="Router",
+        max_ongoing_requests=MANY,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=10,
+        ray_actor_options={"num_cpus": 0},
+    )
+    ingress = serve.deployment(
+        serve.ingress()(IngressReplica),
+        name="Ingress",
+        max_ongoing_requests=MANY,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=10,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(router.bind(args), args)

@@ -1,0 +1,87 @@
+"""The `sparkmoe` command."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    app()
+
+
+@app.callback()
+def _root() -> None:
+    """Serve one NVFP4 mixture-of-experts model across several small GPUs."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A file of configs/.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. experts.shards=3; may be repeated.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; `local` starts one here.")
+    ] = "local",
+) -> None:
+    """Serve a config in the foreground until Ctrl-C; prints `ready URL` once a token can come out."""
+    # Ray reads these when it is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # unset, parts of a cluster disagree about it
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # on unified memory it kills loading shards
+    from deploy.config import load
+    from deploy.launch import LaunchError, launch
+
+    try:
+        checked, raw = load(config, set_)
+        launch(checked, raw, address=address)
+    except (ValueError, LaunchError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def quantize(
+    src: Annotated[Path, typer.Argument(help="Checkpoint directory with BF16 experts.")],
+    dst: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or be empty.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to calibrate input scales on; the default is a sample that we ship.")
+    ] = None,
+) -> None:
+    """Quantise a checkpoint's experts to NVFP4, in ModelOpt's layout."""
+    from experts.quantize import quantize_checkpoint
+    from router.calibrate import DEFAULT_TEXT, calibrate
+
+    try:
+        amax = calibrate(src, text or DEFAULT_TEXT, progress=True)
+        quantize_checkpoint(src, dst, amax=amax, progress=True)
+    except ValueError as error:
+        _fail(str(error))
+    typer.echo(f"wrote {dst}")
+
+
+@app.command()
+def status(url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000") -> None:
+    """Whether a server is ready, and what its shards do."""
+    from deploy.launch import LaunchError, readiness
+
+    try:
+        ready, reason, detail = readiness(url)
+    except LaunchError as error:
+        _fail(str(error))
+    typer.echo(f"{'ready' if ready else f'not ready: {reason}'}")
+    for key, value in detail.items():
+        if key != "shards":
+            typer.echo(f"  {key}: {value}")
+    for shard in detail.get("shards", []):
+        typer.echo("  shard " + ", ".join(f"{key} {value}" for key, value in shard.items()))
+    raise typer.Exit(0 if ready else 1)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"sparkmoe: {message}", err=True)
+    raise typer.Exit(2)
