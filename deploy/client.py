@@ -9,8 +9,8 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from deploy.engine_client import QueueFull, Readiness, RouterLost
-from router.request import Request, RequestOutput
+from deploy.engine_client import Readiness, RouterLost
+from router.request import QueueFull, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 

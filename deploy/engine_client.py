@@ -7,17 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deploy.errors import ApiError
-from router.request import Request, RequestOutput
+from router.request import QueueFull, Request, RequestOutput
 
 RETRY_AFTER_S = 5.0
-
-
-class QueueFull(Exception):
-    """The engine takes no more requests now; `retry_after_s` is when it may."""
-
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__(retry_after_s)
-        self.retry_after_s = retry_after_s
 
 
 class RouterLost(Exception):

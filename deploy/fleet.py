@@ -114,11 +114,12 @@ class Fleet:
         return dict(self._problems)
 
     async def shutdown(self) -> None:
-        """Stop every shard, then this actor."""
+        """Stop every shard, then this actor: the call ends with its death."""
         await self._stop_keepers()
         for shard in await self._live_shards():
             _kill(shard)
-        ray.actor.exit_actor()
+        # exit_actor would wait for the routers' long polls.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     # Keepers
 

@@ -34,9 +34,9 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
     Raises ValueError for a config that cannot work and LaunchError if it does not come up.
     """
     check(config)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _ray(address), _application(config, raw):
+            signal.signal(signal.SIGTERM, _interrupt)  # Ray's own handler is set by ray.init and prints a stack
             _wait_until_ready(config)
             print(f"ready {config.url}", flush=True)
             while True:
@@ -118,7 +118,7 @@ def _application(config: ServeFile, raw: dict[str, Any]) -> Iterator[None]:
 
 def stop_fleet(app: str) -> None:
     """Stop an application's shards now instead of when their lease lapses."""
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):  # no Fleet, or it has just exited
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):  # there is no Fleet; its death is the answer
         fleet: Any = ray.get_actor(f"{app}-fleet", NAMESPACE)
         ray.get(fleet.shutdown.remote(), timeout=10)
 

@@ -26,8 +26,8 @@ from experts.fabric import Fabric, PeerLost
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
 from experts.shard import ExpertShard, load_shard
-from router.engine import Engine, QueueFull
-from router.request import Request, RequestOutput, SamplingParams
+from router.engine import Engine
+from router.request import QueueFull, Request, RequestOutput, SamplingParams
 from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
@@ -106,7 +106,7 @@ class RouterReplica:
         try:
             self._engine.submit(request)
         except QueueFull as error:
-            return str(error), error.retry_after_s
+            return "the queue is full", error.retry_after_s
         except ValueError as error:
             return str(error), 0.0
         self._owner[request.id] = ingress
@@ -270,8 +270,8 @@ class RouterReplica:
         try:
             self._engine.submit(request)
             output = await asyncio.wait_for(answer, PROBE_S)
-        except QueueFull as error:
-            return str(error)
+        except QueueFull:
+            return "the queue is full"
         except TimeoutError:
             self._engine.cancel(request.id)
             return f"a decode step did not go through every shard within {PROBE_S:.0f} s"

@@ -115,9 +115,10 @@ def check_supported(path: Path, tensors: Collection[ExpertTensor]) -> None:
 
 
 def detect_format(files: TensorFiles, tensors: Mapping[ExpertTensor, str]) -> Format:
-    """Judges by the tensors of one expert. Raises ValueError for a format that is not supported."""
-    first = min((t for t in tensors if t.matrix == "down"), key=lambda t: (t.layer, t.expert or 0))
-    parts = {t.part: files.dtype(name) for t, name in tensors.items() if t[:3] == first[:3]}
+    """Judges by the tensors of one expert, quantised if any is. Raises ValueError for an unsupported format."""
+    down = (tensor for tensor in tensors if tensor.matrix == "down")
+    sample = max(down, key=lambda tensor: tensor.part in ("weight_scale_2", "weight_global_scale"))
+    parts = {tensor.part: files.dtype(name) for tensor, name in tensors.items() if tensor[:3] == sample[:3]}
     weight = parts.get("weight")
     if weight in ("BF16", "F16", "F32"):
         return "dense"

@@ -106,14 +106,14 @@ def _quantize_expert(
     checkpoint: ExpertCheckpoint, layer: int, expert: int, amax: LayerAmax
 ) -> Iterator[tuple[str, Tensor]]:
     """gate and up share one scale_2, because kernels that fuse them have room for one."""
-    gate, up, down = checkpoint.read_dense(layer, expert)
-    gate_up_scale_2 = scale_2_of(torch.maximum(gate.abs().amax(), up.abs().amax()))
-    down_scale_2 = scale_2_of(down.abs().amax())
-    matrices = (gate, gate_up_scale_2, amax[0]), (up, gate_up_scale_2, amax[0]), (down, down_scale_2, amax[1])
-    for module, (w_NK, scale_2, input_amax) in zip(
-        checkpoint.module_names(layer, expert), matrices, strict=True
-    ):
-        if not scale_2.isfinite():
+    weights = checkpoint.read_dense(layer, expert)
+    gate_amax, up_amax, down_amax = (w_NK.abs().amax() for w_NK in weights)
+    gate_up_scale_2 = scale_2_of(torch.maximum(gate_amax, up_amax))
+    scales_2 = gate_up_scale_2, gate_up_scale_2, scale_2_of(down_amax)
+    input_amaxes = amax[0], amax[0], amax[1]
+    modules = checkpoint.module_names(layer, expert)
+    for module, w_NK, scale_2, input_amax in zip(modules, weights, scales_2, input_amaxes, strict=True):
+        if not w_NK.isfinite().all():
             raise ValueError(f"{checkpoint.path}: {module} has weights that are not finite")
         quantised = quantize(w_NK, scale_2=scale_2)
         yield f"{module}.weight", quantised.packed

@@ -56,6 +56,8 @@ class TensorFiles:
 
     def _slice(self, name: str) -> Any:  # safetensors does not export the type
         """A tensor whose data has not been read."""
+        if name not in self._file_of:
+            raise ValueError(f"{self.path}: has no tensor {name}; {_AGAIN}")
         file = self._file_of[name]
         try:
             return self._handle(file).get_slice(name)
@@ -105,7 +107,9 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], *, file_byt
     names_of_file: list[list[str]] = []
     total_bytes = 0
     for batch in _batches(tensors, file_bytes=file_bytes):
-        save_file(batch, path / f"{len(names_of_file)}.part", metadata={"format": "pt"})
+        part = path / f"{len(names_of_file)}.part"
+        save_file(batch, part, metadata={"format": "pt"})
+        part.chmod(path.stat().st_mode & 0o666)  # safetensors lets only the owner read
         names_of_file.append(list(batch))
         total_bytes += sum(tensor.nbytes for tensor in batch.values())
     count = len(names_of_file)

@@ -21,7 +21,7 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.kv_cache import BlockTables, KVCache, num_blocks_for
 from router.mailbox import Mailbox
-from router.request import Request, RequestOutput, TokenLogprob
+from router.request import QueueFull, Request, RequestOutput, TokenLogprob
 from router.sampler import LogitsError, Sampled, SamplingRow, prompt_logprobs, sample
 from router.scheduler import PlannedChunk, RunningRequest, Scheduler, StepPlan
 from router.tokenizer import Detokenizer, Tokenizer
@@ -31,14 +31,6 @@ logger = logging.getLogger(__name__)
 
 LINK_TIMEOUT_S = 10.0
 """To open the links of a new epoch: its shards listen already when it is published."""
-
-
-class QueueFull(Exception):
-    """More requests wait than router.max_queue allows."""
-
-    def __init__(self, num_waiting: int, *, retry_after_s: float) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(f"{num_waiting} requests are waiting already; try again in {retry_after_s:.0f} s")
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ class Engine:
             raise ValueError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
         num_live = len(self._live) + self._mailbox.num_submitted
         if num_live >= self._config.max_requests + self._config.max_queue:
-            raise QueueFull(num_live - self._config.max_requests, retry_after_s=1.0)
+            raise QueueFull(retry_after_s=1.0)
         self._mailbox.submit(request)
 
     def cancel(self, request_id: str) -> None:

@@ -51,6 +51,14 @@ def _check(name: str, value: object, ok: bool, rule: str) -> None:
         raise ValueError(f"{name}={value!r} must be {rule}")
 
 
+class QueueFull(Exception):
+    """The engine takes no more requests now; it may after `retry_after_s`."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue. id is unique among the requests of an engine's life."""

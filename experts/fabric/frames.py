@@ -173,7 +173,7 @@ class FrameBuffer:
         self.view[:keep] = kept
 
     def _lay_out(self, form: Form) -> None:
-        self.reserve(form.payload_bytes, keep=HEADER_BYTES)
+        self.reserve(form.payload_bytes, keep=0)
         self.frame = self.view[: HEADER_BYTES + form.payload_bytes]
         self.shape = form.shape
         self.known_form = form.pack()

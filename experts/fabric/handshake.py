@@ -63,10 +63,11 @@ class _Talk:
         send_frame(self._sock, frame, keep_waiting=self._deadline)
 
     def receive(self, kind: Kind) -> bytes:
-        header = receive_frame(
-            self._sock, self._buffer, accept=lambda header: header.kind is kind, keep_waiting=self._deadline
+        form = receive_frame(
+            self._sock, self._buffer, accept=lambda form: form.kind is kind, keep_waiting=self._deadline
         )
-        return bytes(self._buffer.view[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
+        assert form is not None, "a handshake's buffer is laid out for nothing"
+        return bytes(self._buffer.view[HEADER_BYTES : HEADER_BYTES + form.payload_bytes])
 
     def end(self) -> None:
         set_kernel_timeout(self._sock, socket.SO_RCVTIMEO, 0)

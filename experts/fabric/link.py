@@ -5,14 +5,13 @@ import os
 import socket
 import threading
 import time
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from experts.fabric import FabricError, ShardAddress
-from experts.fabric.frames import Header, Kind, LayerFrame, PartialFrame, error_frame
+from experts.fabric.frames import Form, Kind, LayerFrame, PartialFrame, error_frame, layer_of
 from experts.fabric.handshake import prove_shard
 from experts.fabric.sockets import prepare, receive_frame, send_frame, shut
 from experts.weights import MoEShape
@@ -125,17 +124,20 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
     reply = PartialFrame(pinned=shard.device.type == "cuda")
     workspace = _Workspace(shard)
     while True:
-        header = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=_wait_on)
-        request.shape_for(header.shape)
-        reply.shape_for(header.shape)
+        form = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=_wait_on)
+        if form is not None:
+            request.lay_out(form.shape)
+            reply.lay_out(form.shape)
+            reply.form[:] = reply.known_form
+            workspace.lay_out(request, reply)
         try:
-            workspace.forward(header.layer, request, reply)
+            workspace.forward(layer_of(request))
         except Exception as error:
             # Whatever a kernel raises, the router has to hear of it, or it would wait for its deadline.
-            logger.exception("shard %d: layer %d failed", shard.rank, header.layer)
+            logger.exception("shard %d: layer %d failed", shard.rank, layer_of(request))
             send_frame(sock, error_frame(f"{type(error).__name__}: {error}"), keep_waiting=_wait_on)
             return
-        header._replace(kind=Kind.PARTIAL, payload_bytes=header.shape.partial_bytes).write(reply.view)
+        reply.moment[:] = request.moment
         send_frame(sock, reply.frame, keep_waiting=_wait_on)
 
 
@@ -148,30 +150,32 @@ class _Workspace:
 
     def __init__(self, shard: LinkedShard) -> None:
         self._shard = shard
-        empty = partial(torch.empty, 0, device=shard.device)
-        self._x_TD = empty(dtype=shard.dtype)
-        self._out_TD = empty(dtype=shard.dtype)
-        self._phys_TK = empty(dtype=torch.int32)
-        self._w_TK = empty(dtype=torch.float32)
+        self._x_TD = torch.empty(0, dtype=shard.dtype, device=shard.device)
+        self._phys_TK = torch.empty(0, dtype=torch.int32, device=shard.device)
+        self._w_TK = torch.empty(0, dtype=torch.float32, device=shard.device)
+        self._out_TD = torch.empty_like(self._x_TD)
 
-    def accepts(self, header: Header) -> bool:
-        return header.kind is Kind.LAYER and header.shape.hidden == self._shard.shape.hidden
+    def accepts(self, form: Form) -> bool:
+        return form.kind is Kind.LAYER and form.shape.hidden == self._shard.shape.hidden
 
-    def forward(self, layer: int, request: LayerFrame, reply: PartialFrame) -> None:
-        x_TD, phys_TK, w_TK, out_TD = request.x_TD, request.phys_TK, request.w_TK, reply.partial_TD
-        if (x_TD.dtype, x_TD.device) == (self._shard.dtype, self._shard.device):
-            self._shard.forward(layer, x_TD, phys_TK, w_TK, out_TD=out_TD)
+    def lay_out(self, request: LayerFrame, reply: PartialFrame) -> None:
+        """For these frames. Memory of ours grows to the largest shape and stays there."""
+        self._request, self._reply = request, reply
+        self._in_place = (request.x_TD.dtype, request.x_TD.device) == (self._shard.dtype, self._shard.device)
+        if not self._in_place:
+            self._x_TD.resize_(request.x_TD.shape)
+            self._phys_TK.resize_(request.phys_TK.shape)
+            self._w_TK.resize_(request.w_TK.shape)
+            self._out_TD.resize_(reply.partial_TD.shape)
+
+    def forward(self, layer: int) -> None:
+        """From the request's payload into the reply's."""
+        request, reply = self._request, self._reply
+        if self._in_place:
+            self._shard.forward(layer, request.x_TD, request.phys_TK, request.w_TK, out_TD=reply.partial_TD)
             return
-        self._shard.forward(
-            layer,
-            _copied(self._x_TD, x_TD),
-            _copied(self._phys_TK, phys_TK),
-            _copied(self._w_TK, w_TK),
-            out_TD=self._out_TD.resize_(out_TD.shape),
-        )
-        out_TD.copy_(self._out_TD)
-
-
-def _copied(buffer: Tensor, source: Tensor) -> Tensor:
-    """`buffer` with the source's shape and values; its memory grows to the largest shape and stays there."""
-    return buffer.resize_(source.shape).copy_(source, non_blocking=True)
+        self._x_TD.copy_(request.x_TD, non_blocking=True)
+        self._phys_TK.copy_(request.phys_TK, non_blocking=True)
+        self._w_TK.copy_(request.w_TK, non_blocking=True)
+        self._shard.forward(layer, self._x_TD, self._phys_TK, self._w_TK, out_TD=self._out_TD)
+        reply.partial_TD.copy_(self._out_TD)  # waits for the device, so the request may be overwritten

@@ -9,8 +9,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from experts.fabric import ShardAddress, StepHeader
-from experts.fabric.frames import BadFrame, Form, FrameShape, LayerFrame, PartialFrame, layer_of
+from experts.fabric import ShardAddress
+from experts.fabric.frames import BadFrame, Form, LayerFrame, PartialFrame, layer_of
 from experts.fabric.handshake import prove_router
 from experts.fabric.sockets import prepare, receive_frame, send_frame, set_kernel_timeout, shut
 
@@ -35,12 +35,12 @@ class ShardLink:
         self._socket = sock
         self._reply = PartialFrame(pinned=torch.cuda.is_available())
         self._owes_answer = False
-        self._sent_at = 0.0
-        self._give_up_at = 0.0
+        self._patience = Patience(slow_s=0.0, dead_s=0.0)
         self._step = -1
         self._layer = -1
         self._reported = False
-        self._patience: Patience | None = None
+        self._began_at = 0.0
+        self._sent_at = 0.0
 
     @classmethod
     def open(cls, address: ShardAddress, *, timeout_s: float, silence_s: float) -> Self:
@@ -59,3 +59,79 @@ class ShardLink:
             sock.close()
             raise
         return cls(address, sock)
+
+    @property
+    def idle(self) -> bool:
+        """Open, and owes nothing: an answer that is still on its way would be taken for the next one."""
+        if self._owes_answer:
+            return False
+        with suppress(BlockingIOError):
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return False  # the end of the stream, or bytes that nobody asked for
+        return True
+
+    def begin(self, step: int, patience: Patience) -> None:
+        """For the layers that follow."""
+        self._step = step
+        self._reported = False
+        if patience != self._patience:
+            self._patience = patience
+            set_kernel_timeout(self._socket, socket.SO_SNDTIMEO, patience.dead_s)
+            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, patience.slow_s)
+
+    def send(self, request: LayerFrame) -> None:
+        """Raises OSError."""
+        self._owes_answer = True
+        self._began_at = time.monotonic()
+        send_frame(self._socket, request.frame, keep_waiting=self._keep_sending)
+        self._sent_at = time.monotonic()
+
+    def receive(self, request: LayerFrame) -> Tensor:
+        """The partial sums that answer this request: [T, D], this link's memory, until the next receive.
+
+        Raises OSError or FabricError.
+        """
+        reply = self._reply
+        if reply.shape != request.shape:
+            reply.lay_out(request.shape)
+        self._layer = layer_of(request)
+        self._began_at = time.monotonic()
+        receive_frame(self._socket, reply, accept=_nothing_else, keep_waiting=self._keep_receiving)
+        if reply.moment != request.moment:
+            raise BadFrame("an answer to another layer")
+        self._owes_answer = False
+        return reply.partial_TD
+
+    def shut(self) -> None:
+        """From any thread: the call in progress and all later ones raise."""
+        shut(self._socket)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _keep_sending(self) -> None:
+        if time.monotonic() >= self._began_at + self._patience.dead_s:
+            raise TimeoutError(f"took no bytes for {self._patience.dead_s:.3g} s")
+
+    def _keep_receiving(self) -> None:
+        now = time.monotonic()
+        waited_s = now - self._sent_at
+        give_up_at = max(self._sent_at + self._patience.dead_s, self._began_at + ANSWER_GRACE_S)
+        if now >= give_up_at:
+            raise TimeoutError(f"no answer for {waited_s:.3g} s")
+        if waited_s < self._patience.slow_s:
+            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, self._patience.slow_s - waited_s)
+            return
+        set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, give_up_at - now)
+        if not self._reported:
+            self._reported = True
+            shard, place = (
+                f"shard {self.address.rank} ({self.address.name})",
+                f"step {self._step}, layer {self._layer}",
+            )
+            logger.warning("%s is slow: no answer to %s for %.3g s", shard, place, waited_s)
+
+
+def _nothing_else(_: Form) -> bool:
+    """The reply's buffer is laid out for the only form that an answer may have."""
+    return False

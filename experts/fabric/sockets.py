@@ -76,7 +76,8 @@ def receive_frame(
         keep_waiting()
         received += _receive_some(sock, buffer.view[received:])
     form = Form.unpack(buffer.form)
-    if form.kind is not Kind.ERROR and not accept(form):
+    known = buffer.form == buffer.known_form
+    if not (known or form.kind is Kind.ERROR or accept(form)):
         raise BadFrame(f"unexpected frame: {form}")
     total = HEADER_BYTES + form.payload_bytes
     if received > total:
@@ -87,7 +88,7 @@ def receive_frame(
         received += _receive_some(sock, buffer.view[received:total], socket.MSG_WAITALL)
     if form.kind is Kind.ERROR:
         raise PeerError(str(buffer.view[HEADER_BYTES:total], "utf-8", "replace"))
-    return None if buffer.form == buffer.known_form else form
+    return None if known else form
 
 
 def shut(sock: socket.socket) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from experts.fabric import FabricError, Membership, PeerLost, ShardAddress, StepHeader, Ticket
-from experts.fabric.frames import FrameShape, Header, Kind, LayerFrame
+from experts.fabric.frames import FrameShape, LayerFrame, write_moment
 from experts.fabric.shard_link import Patience, ShardLink
 
 ROWS_PER_DEADLINE = 256
-WARMING_S = 600.0
+WARMING = Patience(slow_s=600.0, dead_s=600.0)
 
 
 class TcpFabric:
@@ -42,7 +42,6 @@ class TcpFabric:
         self._lock = threading.Lock()  # abort shuts sockets down, nobody closes one meanwhile
         self._aborted: str | None = None
         self._header = StepHeader(epoch=0, step=-1, rows=0)
-        self._patience = Patience(slow_after_s, dead_after_s)
         self._request = LayerFrame(pinned=torch.cuda.is_available())
         self._dispatched_at = 0.0
         with torch.inference_mode(False):  # written inside and outside that mode
@@ -74,50 +73,48 @@ class TcpFabric:
         self._raise_if_aborted()
         assert header.epoch == self._header.epoch, (header, self._header)
         self._header = header
-        if header.warming:
-            self._patience = Patience(WARMING_S, WARMING_S)
-        else:
-            scale = max(1.0, header.rows / ROWS_PER_DEADLINE)
-            self._patience = Patience(self._slow_after_s * scale, self._dead_after_s * scale)
+        scale = max(1.0, header.rows / ROWS_PER_DEADLINE)
+        patience = Patience(self._slow_after_s * scale, self._dead_after_s * scale)
+        for link in self._links.values():
+            link.begin(header.step, WARMING if header.warming else patience)
 
     def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
         self._raise_if_aborted()
         self._dispatched_at = time.monotonic()
-        rows, hidden = x_TD.shape
-        assert hidden == self._hidden, (hidden, self._hidden)
         request = self._request
-        request.shape_for(FrameShape(rows, hidden, phys_TK.shape[1], self._wire_dtype))
+        shape = FrameShape(x_TD.shape[0], self._hidden, phys_TK.shape[1], self._wire_dtype)
+        if shape != request.shape:
+            request.lay_out(shape)
+            request.form[:] = request.known_form
+            self._sum_TD.resize_(request.x_TD.shape)
         request.x_TD.copy_(x_TD)
         request.phys_TK.copy_(phys_TK)
         request.w_TK.copy_(w_TK)
-        self._expect(Kind.LAYER, layer).write(request.view)
-        for rank, link in self._living():
+        write_moment(request, epoch=self._header.epoch, step=self._header.step, layer=layer)
+        for rank, link in self._links.items():
             try:
-                link.send(request.frame, self._patience)
+                link.send(request)
             except OSError as error:
                 self._lost[rank] = str(error)
-        return Ticket(layer=layer, rows=rows)
+        return Ticket(layer=layer, rows=shape.rows)
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
         """Reads every living shard's answer, even after a loss, so that their links are clean for the next epoch."""
-        expected = self._expect(Kind.PARTIAL, ticket.layer)
-        in_place = out_TD.dtype == torch.float32 and out_TD.device.type == "cpu"
-        sum_TD = out_TD if in_place else self._sum_TD.resize_(out_TD.shape)
-        add = sum_TD.copy_
-        for rank, link in self._living():
+        partials: list[Tensor] = []
+        for rank, link in self._links.items():
+            if rank in self._lost:
+                continue
             try:
-                add(link.receive(expected))
+                partials.append(link.receive(self._request))
             except (OSError, FabricError) as error:
                 self._lost[rank] = str(error)
-            add = sum_TD.add_
         self._raise_if_aborted(ticket.layer)
         if self._lost:
             self._drop(self._lost)
             raise self._peer_lost(
                 self._lost, layer=ticket.layer, elapsed_s=time.monotonic() - self._dispatched_at
             )
-        if not in_place:
-            out_TD.copy_(sum_TD)
+        _sum_in_float32(partials, self._sum_TD, out_TD)
 
     def abort(self, reason: str) -> None:
         with self._lock:
@@ -128,14 +125,6 @@ class TcpFabric:
     def close(self) -> None:
         self.abort("the fabric is closed")
         self._drop(self._links)
-
-    def _expect(self, kind: Kind, layer: int) -> Header:
-        shape = self._request.shape
-        num_bytes = shape.layer_bytes if kind is Kind.LAYER else shape.partial_bytes
-        return Header(kind, num_bytes, self._header.epoch, self._header.step, layer, shape)
-
-    def _living(self) -> list[tuple[int, ShardLink]]:
-        return [(rank, link) for rank, link in self._links.items() if rank not in self._lost]
 
     def _drop(self, ranks: Iterable[int]) -> None:
         with self._lock:
@@ -157,6 +146,20 @@ class TcpFabric:
             elapsed_s=elapsed_s,
             why="; ".join(reasons),
         )
+
+
+def _sum_in_float32(partials: Sequence[Tensor], sum_TD: Tensor, out_TD: Tensor) -> None:
+    """out_TD = the sum in order, rounded once to its dtype. sum_TD: scratch on the host.
+
+    Two partials of out_TD's dtype need no scratch: a kernel adds bfloat16 in float32 and rounds once, too.
+    """
+    if len(partials) == 2 and out_TD.dtype == partials[0].dtype and out_TD.is_cpu:
+        torch.add(partials[0], partials[1], out=out_TD)
+        return
+    sum_TD.copy_(partials[0])
+    for partial_TD in partials[1:]:
+        sum_TD.add_(partial_TD)
+    out_TD.copy_(sum_TD)
 
 
 def _open_links(

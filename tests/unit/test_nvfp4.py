@@ -54,9 +54,9 @@ def test_dequantises_as_compressed_tensors_does(seed: int, magnitude: float) -> 
         "weight_scale": weight.scale,
         "weight_global_scale": weight.scale_2.reciprocal().reshape(1),
     }
-    theirs = NVFP4PackedCompressor.decompress(state, QuantizationScheme(targets=["Linear"], weights=NVFP4["weights"]))[
-        "weight"
-    ]
+    theirs = NVFP4PackedCompressor.decompress(
+        state, QuantizationScheme(targets=["Linear"], weights=NVFP4["weights"])
+    )["weight"]
     torch.testing.assert_close(
         dequantize(weight, torch.float32), theirs.float(), rtol=2**-8, atol=0
     )  # theirs is bf16

@@ -1,0 +1,41 @@
+# Everything runs from here; nothing is installed outside .venv.
+PYTHON ?= python3
+CONFIG ?= configs/demo.yaml
+BIN := .venv/bin
+
+.PHONY: demo serve test test-all check clean
+
+demo: .venv/.base ## the demo model on this machine: a router, two expert shards, two streamed answers
+	$(BIN)/python -m deploy.demo
+
+serve: .venv/.base ## serve CONFIG=configs/... in the foreground
+	$(BIN)/sparkmoe serve $(CONFIG)
+
+test: .venv/.dev ## unit and cluster tests
+	$(BIN)/pytest
+
+test-all: test ## the whole matrices, too
+	$(BIN)/pytest -m "slow and not gpu"
+
+check: .venv/.dev ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv
+
+# torch goes first and alone: any looser request for it may fetch another, larger build.
+.venv/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("sparkmoe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+.venv/.base: .venv/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,86 @@
+"""Fabric `faulty`: another fabric, and the faults to play. For tests; each fault strikes once."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from experts.fabric import Fabric, Membership, PeerLost, StepHeader, Ticket
+
+
+@dataclass(frozen=True)
+class Lost:
+    """`combine` of this layer raises PeerLost for the rank, and so does every one after it, until `connect`."""
+
+    rank: int
+    step: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Slow:
+    """`combine` of this layer takes so much longer."""
+
+    seconds: float
+    step: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """`connect` to this epoch raises PeerLost for the rank, after the other ranks were connected."""
+
+    rank: int
+    epoch: int
+
+
+Fault = Lost | Slow | Unreachable
+
+
+class FaultyFabric:
+    """Every call goes to `inner` first, so its links end clean whatever is played here.
+
+    faults: the caller's to read: `pending` holds those that have not struck yet.
+    """
+
+    def __init__(self, inner: Fabric, faults: Sequence[Fault]) -> None:
+        self.pending = list(faults)
+        self._inner = inner
+        self._header = StepHeader(epoch=0, step=-1, rows=0)
+        self._lost: set[int] = set()
+
+    def connect(self, members: Membership, *, timeout_s: float) -> None:
+        self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
+        self._inner.connect(members, timeout_s=timeout_s)
+        self._lost = {
+            fault.rank for fault in self.pending if isinstance(fault, Unreachable) and fault.epoch == members.epoch
+        }
+        self.pending = [
+            fault for fault in self.pending if not (isinstance(fault, Unreachable) and fault.epoch == members.epoch)
+        ]
+        self._raise_if_lost(layer=-1, why="an unreachable shard was played")
+
+    def begin(self, header: StepHeader) -> None:
+        self._header = header
+        self._inner.begin(header)
+
+    def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
+        return self._inner.dispatch(layer, x_TD, phys_TK, w_TK)
+
+    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+        self._inner.combine(ticket, out_TD)
+        for fault in self._due(layer=ticket.layer):
+            self.pending.remove(fault)
+            if isinstance(fault, Slow):
+                time.sleep(fault.seconds)
+            else:
+                self._lost.add(fault.rank)
+        self._raise_if_lost(layer=ticket.layer, why="a lost shard was played")
+
+    def abort(self, reason: str) -> None:
+        self._inner.abort(reason)
+
+    def close(self) -> None:
+        self._inner.close()
+

@@ -1,0 +1,166 @@
+"""InProcess: an engine over shards in its own process, run until what it was asked is answered."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.fabric import Fabric, PeerLost
+from experts.fabric.local import LocalFabric, local_membership
+from experts.placement import ExpertPlacement, even_placement
+from experts.shard import ExpertShard, load_shard
+from router.config import RouterConfig
+from router.engine import Engine
+from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
+from router.tokenizer import Tokenizer, eos_token_ids
+from router.trunk import Trunk
+
+CPU = torch.device("cpu")
+DEADLINE_S = 240.0
+
+
+@dataclass
+class Joined:
+    """All outputs of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: str | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self.tokens += output.tokens
+        self.prompt_logprobs += output.prompt_logprobs
+        self.finish, self.error = output.finish, output.error
+
+
+class CheckedEngine(Engine):
+    """An engine whose block tables are checked after every step."""
+
+    before_step: Callable[[int], None] | None = None
+    """Called in the engine's thread with the number of steps that succeeded so far."""
+
+    def step(self) -> list[RequestOutput]:
+        if self.before_step is not None:
+            self.before_step(self._num_steps)
+        outputs = super().step()
+        self._scheduler.tables.check_integrity()
+        return outputs
+
+
+class InProcess:
+    """Shards that are lost come back: the engine enters the next epoch with the same ones.
+
+    at_step: what else happens, in the engine's thread, once so many steps have succeeded; such as late requests.
+    """
+
+    def __init__(
+        self, path: Path, fabric: Fabric, placement: ExpertPlacement, *, dtype: torch.dtype, config: RouterConfig
+    ) -> None:
+        self.at_step: dict[int, Callable[[], None]] = {}
+        self.losses: list[PeerLost] = []
+        self.answers: dict[str, Joined] = {}
+        self._placement = placement
+        self._changed = threading.Condition()
+        self.engine = CheckedEngine(
+            trunk_of(path, dtype),
+            fabric,
+            Tokenizer(path),
+            config=config,
+            eos=eos_token_ids(path),
+            on_outputs=self._take,
+            on_lost=self._lost,
+        )
+        self.engine.before_step = lambda step: self.at_step.pop(step, lambda: None)()
+        self.engine.adopt(local_membership(placement))
+
+    def run(self, requests: Iterable[Request]) -> dict[str, Joined]:
+        """All answers, also those of late requests. Fails if one has an error, or if a block is still held."""
+        for request in requests:
+            self.submit(request)
+        with self._changed:
+            assert self._changed.wait_for(self._complete, DEADLINE_S), self.engine.status()
+        assert not self.at_step, f"the engine was done before step {min(self.at_step)}"
+        assert not any(answer.error for answer in self.answers.values()), self.answers
+        status = self.engine.status()
+        assert status.num_free_blocks == status.num_blocks, status
+        return self.answers
+
+    def submit(self, request: Request) -> None:
+        self.answers[request.id] = Joined()
+        self.engine.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        self.engine.cancel(request_id)
+        self.answers[request_id].finish = "cancelled"
+
+    def _complete(self) -> bool:
+        return all(answer.finish for answer in self.answers.values())
+
+    def _take(self, outputs: Sequence[RequestOutput]) -> None:
+        with self._changed:
+            for output in outputs:
+                self.answers[output.id].add(output)
+            self._changed.notify()
+
+    def _lost(self, loss: PeerLost) -> None:
+        self.losses.append(loss)
+        self.engine.adopt(local_membership(self._placement, epoch=loss.epoch + 1))
+
+
+@contextmanager
+def in_process(
+    path: Path,
+    *,
+    num_shards: int,
+    backend: str = "torch",
+    dtype: torch.dtype = torch.float32,
+    config: RouterConfig | None = None,
+    fabric: Callable[[Sequence[ExpertShard]], Fabric] = LocalFabric,
+) -> Iterator[InProcess]:
+    """A started engine. dtype: of trunk, wire and experts."""
+    placement = placement_of(path, num_shards)
+    shards = shards_of(path, num_shards, backend, dtype)
+    server = InProcess(path, fabric(shards), placement, dtype=dtype, config=config or RouterConfig())
+    server.engine.start()
+    try:
+        yield server
+    finally:
+        server.engine.stop()
+        assert not server.engine.is_alive()
+
+
+def greedy(name: str, prompt: Iterable[int], *, num_tokens: int) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True))
+
+
+# Trunk and shards keep nothing of a request, so engines that run one after the other share them.
+
+
+@cache
+def trunk_of(path: Path, dtype: torch.dtype) -> Trunk:
+    return Trunk(path, dtype=dtype, device=CPU)
+
+
+@cache
+def placement_of(path: Path, num_shards: int) -> ExpertPlacement:
+    with ExpertCheckpoint(path) as checkpoint:
+        shape = checkpoint.shape
+    return even_placement(
+        shape.moe_layers, num_layers=shape.num_layers, num_experts=shape.num_experts, num_ranks=num_shards
+    )
+
+
+@cache
+def shards_of(path: Path, num_shards: int, backend: str, dtype: torch.dtype) -> list[ExpertShard]:
+    placement = placement_of(path, num_shards)
+    with ExpertCheckpoint(path) as checkpoint:
+        return [
+            load_shard(checkpoint, placement, rank=rank, backend=backend, dtype=dtype, device=CPU)
+            for rank in range(num_shards)
+        ]

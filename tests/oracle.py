@@ -1,0 +1,97 @@
+"""Oracle: transformers' own full model, in float32, over the dequantised NVFP4 weights of a checkpoint.
+
+Of ours it uses only the reader of checkpoints. T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from experts.checkpoint import ExpertCheckpoint, trunk_tensors
+from experts.nvfp4 import dequantize
+
+NEAR_TIE = 1e-4
+"""Two float32 computations may differ in which of two tokens they choose if the logits are closer than this."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """margins: by how much each token's logit exceeds the runner-up's."""
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+
+
+class Oracle:
+    """A model that only tests load: all experts at once, in float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = load_model(path, {**dict(trunk_tensors(path)), **dict(_dequantised_experts(path))})
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Continuation]:
+        """Greedy, by transformers' `generate` in one batch, padded on the left; end tokens do not end it."""
+        longest = max(map(len, prompts))
+        padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+        made = self.model.generate(
+            torch.tensor([[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)]),
+            attention_mask=torch.tensor([[0] * len(pad) + [1] * (longest - len(pad)) for pad in padding]),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens_BT = made.sequences[:, longest:].tolist()
+        top_BT2 = torch.stack(made.logits, dim=1).topk(2).values
+        margins_BT = (top_BT2[..., 0] - top_BT2[..., 1]).tolist()
+        return [Continuation(tuple(t), tuple(m)) for t, m in zip(tokens_BT, margins_BT, strict=True)]
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """[T, V]: row t predicts the token after tokens[t]."""
+        return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def load_model(path: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """transformers' model of a checkpoint's config, in float32, from tensors with their names on disk."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = family.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not any(info.values()), info
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def assert_same_tokens(ours: Sequence[int], theirs: Continuation, *, what: str) -> None:
+    """Equal, or different from a token on which the oracle all but tosses a coin; that one is printed."""
+    assert len(ours) == len(theirs.tokens), f"{what}: {len(ours)} tokens instead of {len(theirs.tokens)}"
+    for n, (one, other, margin) in enumerate(zip(ours, theirs.tokens, theirs.margins, strict=True)):
+        if one != other:
+            print(f"{what}: token {n} is {one} instead of {other}, where the margin is {margin:.1e}")
+            assert margin < NEAR_TIE, f"{what}: token {n} is {one} instead of {other}, margin {margin:.1e}"
+            return
+
+
+def _dequantised_experts(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with ExpertCheckpoint(path) as checkpoint:
+        for layer in checkpoint.shape.moe_layers:
+            for expert in range(checkpoint.shape.num_experts):
+                weights = checkpoint.read(layer, expert)
+                matrices = (weights.gate, weights.up, weights.down)
+                for name, matrix in zip(checkpoint.module_names(layer, expert), matrices, strict=True):
+                    yield f"{name}.weight", dequantize(matrix, torch.float32)
