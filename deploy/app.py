@@ -1,5 +1,7 @@
 """`import_path: deploy.app:build`: the Serve application that a config file names."""
 
+from typing import Any
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -38,7 +40,7 @@ class IngressReplica:
 def build(args: AppArgs) -> Application:
     """Refuses, with a sentence, a model that cannot be served before any replica starts."""
     read_config(args.model.path)
-    router = serve.deployment(
+    router: Any = serve.deployment(
         RouterReplica,
         name="Router",
         max_ongoing_requests=MANY,
@@ -46,7 +48,7 @@ def build(args: AppArgs) -> Application:
         graceful_shutdown_timeout_s=10,
         ray_actor_options={"num_cpus": 0},
     )
-    ingress = serve.deployment(
+    ingress: Any = serve.deployment(
         serve.ingress()(IngressReplica),
         name="Ingress",
         max_ongoing_requests=MANY,

@@ -24,7 +24,8 @@ def _root() -> None:
 def serve(
     config: Annotated[Path, typer.Argument(help="A file of configs/.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. experts.shards=3; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="e.g. experts.shards=3; may be repeated."),
     ] = None,
     address: Annotated[
         str, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; `local` starts one here.")
@@ -49,7 +50,8 @@ def quantize(
     src: Annotated[Path, typer.Argument(help="Checkpoint directory with BF16 experts.")],
     dst: Annotated[Path, typer.Argument(help="Directory to write; must not exist, or be empty.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text to calibrate input scales on; the default is a sample that we ship.")
+        Path | None,
+        typer.Option(help="Text to calibrate input scales on; the default is a sample that we ship."),
     ] = None,
 ) -> None:
     """Quantise a checkpoint's experts to NVFP4, in ModelOpt's layout."""
@@ -65,7 +67,9 @@ def quantize(
 
 
 @app.command()
-def status(url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000") -> None:
+def status(
+    url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000",
+) -> None:
     """Whether a server is ready, and what its shards do."""
     from deploy.launch import LaunchError, readiness
 

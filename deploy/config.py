@@ -30,7 +30,7 @@ class FleetConfig(Config):
     lease_s: float = Field(default=60.0, ge=5)
     """Shards outlive a dead router by this long; a new one that comes in time takes them over."""
 
-    shard_resources: dict[str, float] = {}
+    shard_resources: dict[str, float] = Field(default_factory=dict)
     """What Ray reserves for one shard, e.g. {GPU: 1}; empty reserves a GPU where the cluster has any."""
 
     start_timeout_s: float = Field(default=1800.0, gt=0)
@@ -68,13 +68,13 @@ class RouterDeployment(Config):
     """One: the KV cache of a request lives in one router."""
 
     user_config: RouterUserConfig
-    ray_actor_options: dict[str, Any] = {}
+    ray_actor_options: dict[str, Any] = Field(default_factory=dict)
 
 
 class IngressDeployment(Config):
     name: Literal["Ingress"]
     num_replicas: int = Field(default=1, ge=1)
-    ray_actor_options: dict[str, Any] = {}
+    ray_actor_options: dict[str, Any] = Field(default_factory=dict)
 
 
 class Application(Config):
@@ -83,7 +83,7 @@ class Application(Config):
     import_path: Literal["deploy.app:build"]
     args: AppArgs
     deployments: tuple[RouterDeployment | IngressDeployment, ...]
-    runtime_env: dict[str, Any] = {}
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_router(self) -> "Application":
@@ -102,7 +102,7 @@ class ServeFile(Config):
 
     proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "HeadOnly"
     http_options: HttpOptions = HttpOptions()
-    logging_config: dict[str, Any] = {}
+    logging_config: dict[str, Any] = Field(default_factory=dict)
     applications: tuple[Application] = Field(min_length=1)
 
     @property
@@ -139,8 +139,14 @@ def explain(error: ValidationError) -> str:
     """One sentence with the dotted path of every mistake."""
     parts = []
     for mistake in error.errors():
-        where = ".".join(str(part) for part in mistake["loc"] if part not in ("RouterDeployment", "IngressDeployment"))
-        what = "unknown key" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
+        where = ".".join(
+            str(part) for part in mistake["loc"] if part not in ("RouterDeployment", "IngressDeployment")
+        )
+        what = (
+            "unknown key"
+            if mistake["type"] == "extra_forbidden"
+            else mistake["msg"].removeprefix("Value error, ")
+        )
         parts.append(f"{where}: {what}" if where else what)
     return "; ".join(parts)
 

@@ -67,7 +67,9 @@ def _print_shards(url: str) -> None:
     _, _, detail = readiness(url)
     print(f"\n--- router: pid {detail['router_pid']}, {detail['num_steps']} steps")
     for shard in detail["shards"]:
-        print(f"    shard {shard['rank']}: pid {shard['pid']}, {shard['num_pairs']} (token, expert) pairs computed")
+        print(
+            f"    shard {shard['rank']}: pid {shard['pid']}, {shard['num_pairs']} (token, expert) pairs computed"
+        )
 
 
 @contextlib.contextmanager
@@ -76,7 +78,15 @@ def _server() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deploy", "serve", "configs/demo.yaml", "--set", f"http_options.port={port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy",
+        "serve",
+        "configs/demo.yaml",
+        "--set",
+        f"http_options.port={port}",
+    ]
     print("starting a router and two expert shards ...", flush=True)
     began = time.monotonic()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

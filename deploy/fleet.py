@@ -6,6 +6,7 @@ live from themselves. Every rank has a keeper, a task that starts a shard, waits
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
+from ray._private.state import available_resources_per_node
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.nodes import Node, choose_node
@@ -39,9 +41,18 @@ class Shard:
     rank: int
     name: str
     node: str
-    handle: ActorHandle
+    handle: Any  # ray's proxy of a ShardActor; its methods are not typed
     address: ShardAddress | None = None
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class FleetOverview:
+    """problems: by rank, a sentence why it has no shard."""
+
+    pid: int
+    shards: tuple[ShardStats, ...]
+    problems: dict[int, str]
 
 
 class Fleet:
@@ -76,9 +87,12 @@ class Fleet:
 
     async def next_membership(self, *, after: int, timeout_s: float) -> Membership | None:
         """Long poll: the newest membership once its epoch is above `after`; None when the time is up."""
+        await self._recover()
         try:
             async with asyncio.timeout(timeout_s), self._published:
-                await self._published.wait_for(lambda: self._members is not None and self._members.epoch > after)
+                await self._published.wait_for(
+                    lambda: self._members is not None and self._members.epoch > after
+                )
                 return self._members
         except TimeoutError:
             return None
@@ -91,7 +105,9 @@ class Fleet:
             address = self._members.shards[rank]
             shard = self._shards.get(rank)
             if shard is not None and shard.name == address.name:
-                logger.warning("%s lost shard %d (pid %d) in epoch %d: replacing it", router, rank, address.pid, epoch)
+                logger.warning(
+                    "%s lost shard %d (pid %d) in epoch %d: replacing it", router, rank, address.pid, epoch
+                )
                 shard.lost.set()
 
     async def renew(self, router: str, *, ttl_s: float) -> bool:
@@ -103,15 +119,15 @@ class Fleet:
             shard.handle.renew.remote(self._shard_ttl_s())
         return known
 
-    async def stats(self) -> list[ShardStats]:
-        """Of the shards that answer."""
+    async def overview(self) -> FleetOverview:
+        """For people and metrics: the shards that answer, and why the others do not."""
+        await self._recover()
         asked = [shard.handle.stats.remote() for shard in self._shards.values() if shard.address]
-        answers = await asyncio.gather(*(asyncio.wait_for(one, POLL_S) for one in asked), return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, ShardStats)]
-
-    async def problems(self) -> dict[int, str]:
-        """Why a rank is not up, in a sentence, for those that are not."""
-        return dict(self._problems)
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(one, POLL_S) for one in asked), return_exceptions=True
+        )
+        stats = sorted((one for one in answers if isinstance(one, ShardStats)), key=lambda one: one.rank)
+        return FleetOverview(pid=os.getpid(), shards=tuple(stats), problems=dict(self._problems))
 
     async def shutdown(self) -> None:
         """Stop every shard, then this actor: the call ends with its death."""
@@ -144,7 +160,7 @@ class Fleet:
             try:
                 shard = self._shards.get(rank) or await self._create(rank)
                 shard.address = shard.address or await self._load(shard)
-            except Exception as error:  # of a user's checkpoint or a node: a keeper must outlive both
+            except Exception as error:  # noqa: BLE001 a keeper outlives whatever a checkpoint or a node does
                 self._note_problem(rank, error)
                 self._drop(rank)
                 await asyncio.sleep(RETRY_S[min(num_failures, len(RETRY_S) - 1)])
@@ -206,10 +222,14 @@ class Fleet:
             await asyncio.sleep(POLL_S)
 
     def _nodes(self) -> list[Node]:
-        available = ray._private.state.available_resources_per_node()  # no public call gives it per node
+        available = available_resources_per_node()  # no public call tells it per node
         held = [shard.node for shard in self._shards.values()]
         return [
-            Node(id=node["NodeID"], num_shards=held.count(node["NodeID"]), available=available.get(node["NodeID"], {}))
+            Node(
+                id=node["NodeID"],
+                num_shards=held.count(node["NodeID"]),
+                available=available.get(node["NodeID"], {}),
+            )
             for node in ray.nodes()
             if node["Alive"]
         ]
@@ -271,7 +291,7 @@ class Fleet:
 
     async def _live_shards(self) -> list[Shard]:
         """Every shard actor of this application, whoever started it."""
-        found = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        found: list[Any] = await asyncio.to_thread(list_named_actors, all_namespaces=True)
         names = [one["name"] for one in found if one["namespace"] == NAMESPACE]
         shards = []
         for name in names:
@@ -313,7 +333,7 @@ async def _until_gone(shard: Shard) -> str:
         lost.cancel()
 
 
-async def _death(handle: ActorHandle) -> str:
+async def _death(handle: Any) -> str:
     try:
         await handle.until_death.remote()
     except RayActorError as error:

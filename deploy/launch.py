@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve._private.api import serve_start
 from ray.serve.schema import ServeDeploySchema
 
@@ -36,7 +38,9 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
     check(config)
     try:
         with _ray(address), _application(config, raw):
-            signal.signal(signal.SIGTERM, _interrupt)  # Ray's own handler is set by ray.init and prints a stack
+            signal.signal(
+                signal.SIGTERM, _interrupt
+            )  # Ray's own handler is set by ray.init and prints a stack
             _wait_until_ready(config)
             print(f"ready {config.url}", flush=True)
             while True:
@@ -88,9 +92,15 @@ def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
 @contextlib.contextmanager
 def _ray(address: str) -> Iterator[None]:
     """A Ray cluster of our own, which ends with us, or one that runs already."""
-    options = {"include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning", **options)
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **options,
+        )
     except ConnectionError as error:
         raise LaunchError(f"no Ray cluster at {address}: {error}") from error
     try:
@@ -106,7 +116,9 @@ def _application(config: ServeFile, raw: dict[str, Any]) -> Iterator[None]:
     name = config.applications[0].name
     # What `serve run FILE` calls; there is no public function that takes a file (ray is pinned to 2.60).
     schema = ServeDeploySchema.model_validate(raw)
-    client: Any = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
+    client: Any = serve_start(
+        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
+    )
     try:
         client.deploy_apps(schema)
         yield
@@ -118,7 +130,7 @@ def _application(config: ServeFile, raw: dict[str, Any]) -> Iterator[None]:
 
 def stop_fleet(app: str) -> None:
     """Stop an application's shards now instead of when their lease lapses."""
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):  # there is no Fleet; its death is the answer
+    with contextlib.suppress(ValueError, RayActorError):  # there is no Fleet; its death is the answer
         fleet: Any = ray.get_actor(f"{app}-fleet", NAMESPACE)
         ray.get(fleet.shutdown.remote(), timeout=10)
 

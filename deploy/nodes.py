@@ -24,7 +24,9 @@ def choose_node(
     spread: a node without a shard. pack: the fullest node that has room. auto: spread if there are as many nodes
     that could hold a shard as shards, else pack.
     """
-    roomy = [node for node in nodes if all(node.available.get(key, 0) >= need for key, need in resources.items())]
+    roomy = [
+        node for node in nodes if all(node.available.get(key, 0) >= need for key, need in resources.items())
+    ]
     eligible = [node for node in nodes if node in roomy or node.num_shards]
     spread = strategy == "spread" or (strategy == "auto" and len(eligible) >= num_shards)
     if spread:

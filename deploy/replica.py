@@ -13,11 +13,14 @@ from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
+import ray
 import torch
 from ray import serve
+from ray.exceptions import RayError
 
 from deploy.config import AppArgs, RouterUserConfig
-from deploy.fleet import checkpoint_placement, fleet_of
+from deploy.fleet import FleetOverview, checkpoint_placement, fleet_of
+from deploy.metrics import RouterMetrics
 from deploy.shard_actor import FleetSpec
 from experts.backends import resolve_backend
 from experts.checkpoint import ExpertCheckpoint
@@ -39,8 +42,11 @@ POLL_S = 30.0
 LAST_WILL_S = 15.0
 """The lease that a router leaves when it is stopped in order: a redeployed one takes the shards over in time."""
 
-PROBE_S = 4.0
+PROBE_S = 3.0
 """How long a readiness probe's decode step may take."""
+
+OVERVIEW_S = 1.5
+MEASURE_S = 5.0
 
 
 class RouterReplica:
@@ -56,6 +62,7 @@ class RouterReplica:
         self._probes: dict[str, asyncio.Future[RequestOutput]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._spec: FleetSpec | None = None
+        self._metrics = RouterMetrics()
 
         torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +81,8 @@ class RouterReplica:
         self._spec = self._fleet_spec(experts)
         if self._engine is None:
             self._start_engine(self._tcp_fabric())
-            self._tasks = [asyncio.create_task(self._hold_fleet()), asyncio.create_task(self._follow_epochs())]
+            work = (self._hold_fleet(), self._follow_epochs(), self._measure())
+            self._tasks = [asyncio.create_task(one) for one in work]
         else:
             await fleet_of(self._app).reconcile.remote(self._spec)
 
@@ -110,6 +118,7 @@ class RouterReplica:
         except ValueError as error:
             return str(error), 0.0
         self._owner[request.id] = ingress
+        self._metrics.submitted(request)
         return None
 
     async def cancel(self, request_ids: list[str]) -> None:
@@ -124,12 +133,15 @@ class RouterReplica:
         reason = "" if status.linked else "the expert shards are not linked"
         if status.linked and not fresh:
             reason = await self._probe()
-        detail: dict[str, Any] = {"router_pid": os.getpid(), **asdict(self._engine.status()), "shards": []}
+        detail: dict[str, Any] = {"router_pid": os.getpid(), **asdict(self._engine.status())}
+        detail["metrics_port"] = _metrics_port()
         if self._spec is not None:
-            fleet = fleet_of(self._app)
-            shards, problems = await asyncio.gather(fleet.stats.remote(), fleet.problems.remote())
-            detail["shards"] = [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.rank)]
-            reason = "; ".join([reason, *problems.values()] if reason else problems.values())
+            overview = await self._overview()
+            if overview is None:
+                return {"ready": False, "reason": "the Fleet does not answer", "detail": detail}
+            detail["fleet_pid"] = overview.pid
+            detail["shards"] = [asdict(shard) for shard in overview.shards]
+            reason = "; ".join([*([reason] if reason else []), *overview.problems.values()])
         return {"ready": not reason, "reason": reason, "detail": detail}
 
     def check_health(self) -> None:
@@ -180,6 +192,7 @@ class RouterReplica:
         self._start_engine(LocalFabric(shards))
         assert self._engine is not None
         self._engine.adopt(local_membership(placement))
+        self._tasks = [asyncio.create_task(self._measure())]
 
     def _tcp_fabric(self) -> TcpFabric:
         return TcpFabric(
@@ -204,6 +217,21 @@ class RouterReplica:
             start_timeout_s=fleet.start_timeout_s,
         )
 
+    async def _overview(self) -> FleetOverview | None:
+        """None if the Fleet is being restarted."""
+        try:
+            return await asyncio.wait_for(fleet_of(self._app).overview.remote(), OVERVIEW_S)
+        except (RayError, TimeoutError):
+            return None
+
+    async def _measure(self) -> None:
+        """Gauges for Prometheus, as often as Ray exports them."""
+        while True:
+            await asyncio.sleep(MEASURE_S)
+            overview = await self._overview() if self._spec is not None else None
+            assert self._engine is not None
+            self._metrics.snapshot(self._engine.status(), overview.shards if overview else ())
+
     async def _hold_fleet(self) -> None:
         """Renew our lease for as long as we live; tell a Fleet that does not know us what we want."""
         lease_s = self._args.fleet.lease_s
@@ -212,7 +240,7 @@ class RouterReplica:
                 fleet = fleet_of(self._app)
                 if not await asyncio.wait_for(fleet.renew.remote(self._name, ttl_s=lease_s), POLL_S):
                     await fleet.reconcile.remote(self._spec)
-            except Exception:  # noqa: BLE001 whatever befalls the Fleet, the lease must be tried again
+            except Exception:
                 logger.exception("the Fleet did not take our lease; trying again")
                 await asyncio.sleep(1.0)
                 continue
@@ -225,7 +253,7 @@ class RouterReplica:
             try:
                 call = fleet_of(self._app).next_membership.remote(after=epoch, timeout_s=POLL_S)
                 members = await asyncio.wait_for(call, 2 * POLL_S)
-            except Exception:  # noqa: BLE001 as in _hold_fleet
+            except Exception:
                 logger.exception("the Fleet did not say who its shards are; asking again")
                 await asyncio.sleep(1.0)
                 continue
@@ -241,6 +269,7 @@ class RouterReplica:
         self._loop.call_soon_threadsafe(call, argument)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        self._metrics.delivered(outputs)
         batches: dict[str, list[RequestOutput]] = {}
         for output in outputs:
             owner = self._owner.get(output.id)
@@ -261,6 +290,7 @@ class RouterReplica:
         assert self._engine is not None
         if self._owner.pop(request_id, None) is not None:
             self._engine.cancel(request_id)
+            self._metrics.ended(request_id, "cancelled")
 
     async def _probe(self) -> str:
         """Decode one token through every shard; the reason if that fails."""
@@ -282,3 +312,9 @@ class RouterReplica:
 
 def _dtype(name: str, *, auto: torch.dtype) -> torch.dtype:
     return auto if name == "auto" else getattr(torch, name)
+
+
+def _metrics_port() -> int:
+    """Where this node's Ray serves metrics."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here)

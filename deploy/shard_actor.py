@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 import torch
 
+from deploy.nodes import Strategy
 from experts.backends import resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.fabric import ShardAddress
@@ -31,7 +32,7 @@ class FleetSpec:
     backend: str
     dtype: torch.dtype
     threads: int | None
-    strategy: str
+    strategy: Strategy
     resources: tuple[tuple[str, float], ...]
     lease_s: float
     start_timeout_s: float

@@ -63,7 +63,9 @@ def even_placement(
 ) -> ExpertPlacement:
     """Contiguous shares that differ by at most one expert: 32 experts on 3 ranks are 11, 11 and 10."""
     if num_ranks > num_experts:
-        raise ValueError(f"experts.shards={num_ranks} is more than the model's {num_experts} experts per layer")
+        raise ValueError(
+            f"experts.shards={num_ranks} is more than the model's {num_experts} experts per layer"
+        )
     slots_per_rank = -(-num_experts // num_ranks)
     row_P = torch.full((num_ranks, slots_per_rank), EMPTY, dtype=torch.int32)
     for rank, share in enumerate(torch.arange(num_experts, dtype=torch.int32).tensor_split(num_ranks)):

@@ -20,7 +20,14 @@ class ExpertShard:
     """
 
     def __init__(
-        self, shape: MoEShape, *, rank: int, slots_per_rank: int, backend: str, dtype: torch.dtype, device: torch.device
+        self,
+        shape: MoEShape,
+        *,
+        rank: int,
+        slots_per_rank: int,
+        backend: str,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.shape = shape
         self.rank = rank
@@ -42,7 +49,9 @@ class ExpertShard:
     def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, progress: bool) -> None:
         """Fill every slot that the placement gives this rank. Reads only those experts from disk."""
         wanted = list(slots_of(placement, self.rank))
-        for layer, slot, expert in tqdm(wanted, desc=f"shard {self.rank}: experts", disable=not progress, unit="expert"):
+        for layer, slot, expert in tqdm(
+            wanted, desc=f"shard {self.rank}: experts", disable=not progress, unit="expert"
+        ):
             self.write_slot(layer, slot, checkpoint.read(layer, expert))
 
     def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:

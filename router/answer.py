@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
-from router.tokenizer import Detokenizer
 from router.request import FinishReason, Request, RequestOutput, TokenLogprob
 from router.sampler import Sampled
+from router.tokenizer import Detokenizer
 
 
 class Answer:
     """Turns sampled tokens into output, and stops at an end token, a stop string or the length limit."""
 
-    def __init__(self, request: Request, detokenizer: Detokenizer, *, eos: frozenset[int], max_model_len: int) -> None:
+    def __init__(
+        self, request: Request, detokenizer: Detokenizer, *, eos: frozenset[int], max_model_len: int
+    ) -> None:
         params = request.params
         self.request = request
         self._detokenizer = detokenizer

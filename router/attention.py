@@ -73,7 +73,9 @@ def plan_attention(
 
     slots = [tables.slots(chunk.row, chunk.start, chunk.start + chunk.count) for chunk in prompts]
     last_B = length_B - 1
-    decode_slots_B = table_BN.gather(1, (last_B // block_size)[:, None])[:, 0] * block_size + last_B % block_size
+    decode_slots_B = (
+        table_BN.gather(1, (last_B // block_size)[:, None])[:, 0] * block_size + last_B % block_size
+    )
     return AttentionPlan(
         slots_T=torch.cat([decode_slots_B, *slots]).to(device),
         table_BN=table_BN.to(device),
@@ -82,7 +84,9 @@ def plan_attention(
     )
 
 
-def _spans(chunks: Sequence[Chunk], tables: BlockTables, *, first: int, device: torch.device) -> list[PromptSpan]:
+def _spans(
+    chunks: Sequence[Chunk], tables: BlockTables, *, first: int, device: torch.device
+) -> list[PromptSpan]:
     spans = []
     for chunk in chunks:
         end = chunk.start + chunk.count
@@ -121,7 +125,9 @@ class PagedAttention:
             if span.mask_TS is None:  # the whole context is in this step
                 k, v = k_GTD[:, rows], v_GTD[:, rows]
             else:
-                k, v = (self._gather(cache, span.table_N[None])[0].transpose(0, 1) for cache in (k_SGD, v_SGD))
+                k, v = (
+                    self._gather(cache, span.table_N[None])[0].transpose(0, 1) for cache in (k_SGD, v_SGD)
+                )
             out_1HTD = F.scaled_dot_product_attention(
                 q_HTD[None, :, rows],
                 k[None],
@@ -134,12 +140,16 @@ class PagedAttention:
             outputs.append(out_1HTD[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    def _decode(self, plan: AttentionPlan, k_SGD: Tensor, v_SGD: Tensor, q_HBD: Tensor, *, scale: float) -> Tensor:
+    def _decode(
+        self, plan: AttentionPlan, k_SGD: Tensor, v_SGD: Tensor, q_HBD: Tensor, *, scale: float
+    ) -> Tensor:
         """[B, H, D]. The queries that share a KV head stand as rows of one product: no head is repeated."""
         num_kv_heads, head_dim = k_SGD.shape[1:]
         q_BGQD = q_HBD.transpose(0, 1).reshape(plan.num_decoding, num_kv_heads, -1, head_dim)
         k_BGSD, v_BGSD = (self._gather(cache, plan.table_BN).transpose(1, 2) for cache in (k_SGD, v_SGD))
-        out_BGQD = F.scaled_dot_product_attention(q_BGQD, k_BGSD, v_BGSD, attn_mask=plan.mask_B11S, scale=scale)
+        out_BGQD = F.scaled_dot_product_attention(
+            q_BGQD, k_BGSD, v_BGSD, attn_mask=plan.mask_B11S, scale=scale
+        )
         return out_BGQD.flatten(1, 2)
 
     def _gather(self, cache_SGD: Tensor, table_BN: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ class Engine:
         """Queue a request. Raises ValueError for one that can never run, QueueFull when too many wait."""
         num_tokens, vocab_size = len(request.prompt), self._trunk.shape.vocab_size
         if not 1 <= num_tokens < self.max_model_len:
-            raise ValueError(f"the prompt has {num_tokens} tokens; at least 1 and at most {self.max_model_len - 1} fit")
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens; at least 1 and at most {self.max_model_len - 1} fit"
+            )
         if not all(0 <= token < vocab_size for token in request.prompt):
             raise ValueError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
         num_live = len(self._live) + self._mailbox.num_submitted
@@ -167,7 +169,9 @@ class Engine:
         except Exception as error:  # whatever model code raises must not end the loop for the others
             logger.exception("step %d failed", self._num_steps)
             self._plan = None
-            return self._fail((part.running for part in plan.parts), f"step {self._num_steps} failed: {error}")
+            return self._fail(
+                (part.running for part in plan.parts), f"step {self._num_steps} failed: {error}"
+            )
         self._plan = None
         self._num_steps += 1
         self._stepped_at = time.monotonic()
@@ -176,7 +180,9 @@ class Engine:
     def _forward(self, plan: StepPlan) -> Tensor:
         """Logits [N, V] of the rows that are sampled or scored, in plan order."""
         device = self._trunk.device
-        attention = plan_attention(plan.chunks, self._scheduler.tables, dtype=self._trunk.dtype, device=device)
+        attention = plan_attention(
+            plan.chunks, self._scheduler.tables, dtype=self._trunk.dtype, device=device
+        )
         self._dispatcher.begin(step=self._num_steps, rows=plan.num_tokens)
         return self._trunk.forward(
             torch.tensor(plan.tokens(), device=device),
@@ -194,12 +200,18 @@ class Engine:
             part.running.num_computed += part.chunk.count
             if part.running.request.params.prompt_logprobs:
                 _score_prompt(part, part_NV)
-        sampling = [(part.running, part_NV[-1]) for part, part_NV in zip(plan.parts, kept, strict=True) if part.samples]
+        sampling = [
+            (part.running, part_NV[-1])
+            for part, part_NV in zip(plan.parts, kept, strict=True)
+            if part.samples
+        ]
         running = [running for running, _ in sampling]
         try:
             sampled = _sample(running, [row_V for _, row_V in sampling])
         except LogitsError as error:
-            return self._fail([running[n] for n in error.rows], "the model computed logits that are not finite")
+            return self._fail(
+                [running[n] for n in error.rows], "the model computed logits that are not finite"
+            )
         return [self._push(*pair) for pair in zip(running, sampled, strict=True)]
 
     def _push(self, running: RunningRequest, sampled: Sampled) -> RequestOutput:
@@ -250,14 +262,21 @@ class Engine:
         stalled_s = time.monotonic() - self._unlinked_at
         if stalled_s < self._config.stall_limit_s:
             return []
-        return self._fail(list(self._live.values()), f"the expert shards have been away for {stalled_s:.0f} s")
+        return self._fail(
+            list(self._live.values()), f"the expert shards have been away for {stalled_s:.0f} s"
+        )
 
 
 def _sample(running: Sequence[RunningRequest], rows: Sequence[Tensor]) -> list[Sampled]:
     if not running:
         return []
     history = [
-        SamplingRow(one.request.params, one.seed, prompt=one.request.prompt, output=one.tokens[len(one.request.prompt) :])
+        SamplingRow(
+            one.request.params,
+            one.seed,
+            prompt=one.request.prompt,
+            output=one.tokens[len(one.request.prompt) :],
+        )
         for one in running
     ]
     return sample(torch.stack(list(rows)), history)
@@ -270,5 +289,8 @@ def _score_prompt(part: PlannedChunk, part_NV: Tensor) -> None:
     logprob_T = prompt_logprobs(part_NV[: len(next_tokens)], torch.tensor(next_tokens, device=part_NV.device))
     part.running.answer.score_prompt(
         part.chunk.start,
-        [TokenLogprob(token, logprob) for token, logprob in zip(next_tokens, logprob_T.tolist(), strict=True)],
+        [
+            TokenLogprob(token, logprob)
+            for token, logprob in zip(next_tokens, logprob_T.tolist(), strict=True)
+        ],
     )

@@ -55,7 +55,9 @@ class BlockTables:
     def check_integrity(self) -> None:
         """Every block is held once or free, every held one stands in its row's table; else AssertionError."""
         held = [block for row in self._held_R for block in row]
-        assert sorted(held + self._free_blocks) == list(range(self.num_blocks)), "a block was lost or given twice"
+        assert sorted(held + self._free_blocks) == list(range(self.num_blocks)), (
+            "a block was lost or given twice"
+        )
         assert len(set(self._free_rows)) == len(self._free_rows), "a row was given back twice"
         for row, blocks in enumerate(self._held_R):
             assert self.table_RN[row, : len(blocks)].tolist() == blocks, f"row {row}"
@@ -65,9 +67,13 @@ class BlockTables:
 class KVCache:
     """Keys and values of every layer, by slot: k[layer], v[layer] are [S, G, D]."""
 
-    def __init__(self, shape: TrunkShape, *, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: TrunkShape, *, num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         size = (shape.num_layers, num_slots, shape.num_kv_heads, shape.head_dim)
-        self.k = torch.zeros(size, dtype=dtype, device=device)  # zeros: slots that a mask hides must be finite
+        self.k = torch.zeros(
+            size, dtype=dtype, device=device
+        )  # zeros: slots that a mask hides must be finite
         self.v = torch.zeros(size, dtype=dtype, device=device)
 
 

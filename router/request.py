@@ -42,7 +42,9 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "between -2 and 2")
-        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")
+        _check(
+            "logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"
+        )
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
 
 

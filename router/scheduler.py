@@ -73,7 +73,9 @@ class StepPlan:
         ]
 
     def positions(self) -> list[int]:
-        return [position for chunk in self.chunks for position in range(chunk.start, chunk.start + chunk.count)]
+        return [
+            position for chunk in self.chunks for position in range(chunk.start, chunk.start + chunk.count)
+        ]
 
     def kept_rows(self) -> list[int]:
         """Indices of the rows whose logits are needed."""
@@ -112,7 +114,9 @@ class Scheduler:
             if budget and live.row is not None and self._make_room(live, budget):
                 parts.append(_part(live, budget))
                 budget -= parts[-1].chunk.count
-        preempted = len(self.running) < num_running  # who was put back must not come in again by the next line
+        preempted = (
+            len(self.running) < num_running
+        )  # who was put back must not come in again by the next line
         while budget and not preempted and self.waiting and self._admit(self.waiting[0], budget):
             parts.append(_part(self.running[-1], budget))
             budget -= parts[-1].chunk.count

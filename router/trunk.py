@@ -70,25 +70,34 @@ def read_config(path: Path) -> PreTrainedConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / 'config.json'}: not valid JSON: {error}") from error
     if model_type not in FAMILIES:
-        raise ValueError(f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.hidden_act != "silu":
-        raise ValueError(f"{path}: hidden_act {config.hidden_act!r} is not supported, only silu (SwiGLU experts)")
+        raise ValueError(
+            f"{path}: hidden_act {config.hidden_act!r} is not supported, only silu (SwiGLU experts)"
+        )
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ValueError(f"{path}: sliding-window attention ({config.sliding_window} tokens) is not supported")
+        raise ValueError(
+            f"{path}: sliding-window attention ({config.sliding_window} tokens) is not supported"
+        )
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
-        raise ValueError(f"{path}: rope scaling {rope_type!r} depends on a request's length and is not supported")
+        raise ValueError(
+            f"{path}: rope scaling {rope_type!r} depends on a request's length and is not supported"
+        )
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # transformers has no quantiser for it; our reader dequantises
+        delattr(config, "quantization_config")  # transformers has no quantiser for it; our reader dequantises
     return config
 
 
-def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    model, info = _without_experts(config).from_pretrained(
+def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> Any:
+    family: Any = _without_experts(config)
+    model, info = family.from_pretrained(
         None,
         config=config,
-        state_dict=dict(trunk_tensors(path)),
+        state_dict=dict(trunk_tensors(path, dtype=dtype)),
         dtype=dtype,
         attn_implementation=ATTENTION,
         experts_implementation=_EXPERTS,
@@ -96,14 +105,18 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
     )
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
-            raise ValueError(f"{path}: trunk tensors with {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
+            raise ValueError(
+                f"{path}: trunk tensors with {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}"
+            )
     unexpected = [name for name in info["unexpected_keys"] if not _EXTRA.search(name)]
     if unexpected:
         raise ValueError(f"{path}: trunk tensors that the model does not have: {sorted(unexpected)[:3]}")
     return model.to(device).eval()
 
 
-_EXTRA = re.compile(r"(^|\.)(mtp|eh_proj|enorm|hnorm|shared_head)\.|rotary_emb\.inv_freq$|layers\.\d+\.embed_tokens")
+_EXTRA = re.compile(
+    r"(^|\.)(mtp|eh_proj|enorm|hnorm|shared_head)\.|rotary_emb\.inv_freq$|layers\.\d+\.embed_tokens"
+)
 """Tensors that checkpoints carry and a causal language model does not: multi-token prediction, derived buffers."""
 
 
@@ -117,7 +130,7 @@ def _without_experts(config: PreTrainedConfig) -> type[PreTrainedModel]:
             if hasattr(module, "_is_expert_parallel"):  # every module that @use_experts_implementation marks
                 layer = re.search(r"layers\.(\d+)\.", name)
                 assert layer, name
-                module.layer_idx = int(layer[1])
+                module.__dict__["layer_idx"] = int(layer[1])
                 for parameter in list(module._parameters):
                     del module._parameters[parameter]
                 module._is_hf_initialized = True  # else transformers initialises the deleted parameters

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,29 +41,32 @@ class Joined:
 
 
 class CheckedEngine(Engine):
-    """An engine whose block tables are checked after every step."""
+    """An engine whose block tables are checked after every step.
 
-    before_step: Callable[[int], None] | None = None
-    """Called in the engine's thread with the number of steps that succeeded so far."""
+    at_step: what else happens, in the engine's thread, once so many steps have succeeded; such as late requests.
+    preempted: requests that were put back after they had begun to answer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.at_step: dict[int, Callable[[], None]] = {}
+        self.preempted: set[str] = set()
 
     def step(self) -> list[RequestOutput]:
-        if self.before_step is not None:
-            self.before_step(self._num_steps)
+        self.at_step.pop(self._num_steps, lambda: None)()
         outputs = super().step()
         self._scheduler.tables.check_integrity()
+        waiting = self._scheduler.waiting
+        self.preempted |= {one.request.id for one in waiting if len(one.tokens) > len(one.request.prompt)}
         return outputs
 
 
 class InProcess:
-    """Shards that are lost come back: the engine enters the next epoch with the same ones.
-
-    at_step: what else happens, in the engine's thread, once so many steps have succeeded; such as late requests.
-    """
+    """Shards that are lost come back: the engine enters the next epoch with the same ones."""
 
     def __init__(
         self, path: Path, fabric: Fabric, placement: ExpertPlacement, *, dtype: torch.dtype, config: RouterConfig
     ) -> None:
-        self.at_step: dict[int, Callable[[], None]] = {}
         self.losses: list[PeerLost] = []
         self.answers: dict[str, Joined] = {}
         self._placement = placement
@@ -76,7 +80,6 @@ class InProcess:
             on_outputs=self._take,
             on_lost=self._lost,
         )
-        self.engine.before_step = lambda step: self.at_step.pop(step, lambda: None)()
         self.engine.adopt(local_membership(placement))
 
     def run(self, requests: Iterable[Request]) -> dict[str, Joined]:
@@ -85,7 +88,7 @@ class InProcess:
             self.submit(request)
         with self._changed:
             assert self._changed.wait_for(self._complete, DEADLINE_S), self.engine.status()
-        assert not self.at_step, f"the engine was done before step {min(self.at_step)}"
+        assert not self.engine.at_step, f"the engine was done before step {min(self.engine.at_step)}"
         assert not any(answer.error for answer in self.answers.values()), self.answers
         status = self.engine.status()
         assert status.num_free_blocks == status.num_blocks, status

@@ -38,9 +38,9 @@ class GroupedBackend:
         token_R = pair_R // local_TK.shape[1]
         ends_e = count_e[1:].cumsum(0).to(torch.int32)
 
-        gate_up_R = torch._grouped_mm(x_TD[token_R], self._w13[layer].transpose(1, 2), ends_e)
+        gate_up_R = F.grouped_mm(x_TD[token_R], self._w13[layer].transpose(1, 2), offs=ends_e)
         gate_R, up_R = gate_up_R.chunk(2, dim=-1)
-        y_RD = torch._grouped_mm(F.silu(gate_R).mul_(up_R), self._w2[layer].transpose(1, 2), ends_e)
+        y_RD = F.grouped_mm(F.silu(gate_R).mul_(up_R), self._w2[layer].transpose(1, 2), offs=ends_e)
         y_RD = y_RD.float().mul_(w_TK.flatten()[pair_R, None])
         if out_TD.dtype == torch.float32:
             out_TD.index_add_(0, token_R, y_RD)

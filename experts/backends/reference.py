@@ -29,6 +29,7 @@ class ReferenceBackend:
 
     def _expert(self, weights: ExpertWeights, x_D: Tensor) -> Tensor:
         gate, up, down = (
-            dequantize(matrix, torch.float32).to(self._device) for matrix in (weights.gate, weights.up, weights.down)
+            dequantize(matrix, torch.float32).to(self._device)
+            for matrix in (weights.gate, weights.up, weights.down)
         )
         return down @ (F.silu(gate @ x_D) * (up @ x_D))

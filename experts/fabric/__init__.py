@@ -59,9 +59,15 @@ class FabricError(Exception):
 
 
 class PeerLost(FabricError):
-    """Shards that closed their link, broke the protocol or passed the deadline. The step must be run again."""
+    """Shards that closed their link, broke the protocol or passed the deadline. The step must be run again.
 
-    def __init__(self, ranks: Sequence[int], *, epoch: int, step: int, layer: int, elapsed_s: float, why: str) -> None:
+    ranks: all that were lost, ascending; every rank of the epoch after an `abort`. step and layer are -1 where there
+    is none yet. why: for people.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], *, epoch: int, step: int, layer: int, elapsed_s: float, why: str
+    ) -> None:
         self.ranks = tuple(ranks)
         self.epoch = epoch
         super().__init__(
@@ -100,7 +106,11 @@ class Fabric(Protocol):
         ...
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
-        """out_TD (the caller's) = the shards' partial sums, added in float32 in rank order. Raises PeerLost."""
+        """out_TD (the caller's) = the shards' partial sums, added in float32 in rank order.
+
+        out_TD may have any dtype and device. Raises one PeerLost for all ranks that were lost since `connect`;
+        out_TD is undefined then.
+        """
         ...
 
     def abort(self, reason: str) -> None:

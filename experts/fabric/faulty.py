@@ -1,7 +1,7 @@
 """Fabric `faulty`: another fabric, and the faults to play. For tests; each fault strikes once."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,7 +41,7 @@ Fault = Lost | Slow | Unreachable
 class FaultyFabric:
     """Every call goes to `inner` first, so its links end clean whatever is played here.
 
-    faults: the caller's to read: `pending` holds those that have not struck yet.
+    pending: the faults that have not struck yet.
     """
 
     def __init__(self, inner: Fabric, faults: Sequence[Fault]) -> None:
@@ -52,14 +52,13 @@ class FaultyFabric:
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
         self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
+        self._lost.clear()
         self._inner.connect(members, timeout_s=timeout_s)
-        self._lost = {
-            fault.rank for fault in self.pending if isinstance(fault, Unreachable) and fault.epoch == members.epoch
-        }
-        self.pending = [
-            fault for fault in self.pending if not (isinstance(fault, Unreachable) and fault.epoch == members.epoch)
-        ]
-        self._raise_if_lost(layer=-1, why="an unreachable shard was played")
+        for fault in self._take(
+            lambda fault: isinstance(fault, Unreachable) and fault.epoch == members.epoch
+        ):
+            self._play(fault)
+        self._raise_if_lost(layer=-1)
 
     def begin(self, header: StepHeader) -> None:
         self._header = header
@@ -70,13 +69,12 @@ class FaultyFabric:
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
         self._inner.combine(ticket, out_TD)
-        for fault in self._due(layer=ticket.layer):
-            self.pending.remove(fault)
-            if isinstance(fault, Slow):
-                time.sleep(fault.seconds)
-            else:
-                self._lost.add(fault.rank)
-        self._raise_if_lost(layer=ticket.layer, why="a lost shard was played")
+        here = (self._header.step, ticket.layer)
+        for fault in self._take(
+            lambda fault: isinstance(fault, Lost | Slow) and (fault.step, fault.layer) == here
+        ):
+            self._play(fault)
+        self._raise_if_lost(layer=ticket.layer)
 
     def abort(self, reason: str) -> None:
         self._inner.abort(reason)
@@ -84,3 +82,20 @@ class FaultyFabric:
     def close(self) -> None:
         self._inner.close()
 
+    def _take(self, due: Callable[[Fault], bool]) -> list[Fault]:
+        taken = [fault for fault in self.pending if due(fault)]
+        self.pending = [fault for fault in self.pending if fault not in taken]
+        return taken
+
+    def _play(self, fault: Fault) -> None:
+        if isinstance(fault, Slow):
+            time.sleep(fault.seconds)
+        else:
+            self._lost.add(fault.rank)
+
+    def _raise_if_lost(self, *, layer: int) -> None:
+        if self._lost:
+            epoch, step = self._header.epoch, self._header.step
+            raise PeerLost(
+                sorted(self._lost), epoch=epoch, step=step, layer=layer, elapsed_s=0.0, why="played by a test"
+            )

@@ -37,7 +37,12 @@ class LocalFabric:
             ranks = [shard.rank for shard in self._shards]
             header = self._header
             raise PeerLost(
-                ranks, epoch=header.epoch, step=header.step, layer=ticket.layer, elapsed_s=0, why=self._aborted
+                ranks,
+                epoch=header.epoch,
+                step=header.step,
+                layer=ticket.layer,
+                elapsed_s=0,
+                why=self._aborted,
             )
         sum_TD = self._partials[0].float()
         for partial_TD in self._partials[1:]:

@@ -16,8 +16,8 @@ from experts.fabric.sockets import prepare, receive_frame, send_frame, set_kerne
 
 logger = logging.getLogger(__name__)
 
-ANSWER_GRACE_S = 1.0
-"""For the bytes of an answer that is due: reading may begin late, because the links are read one after the other."""
+ANSWER_GRACE = 0.1
+"""Of dead_s, at least, for reading an answer: that may begin late, because links are read one after the other."""
 
 
 class Patience(NamedTuple):
@@ -116,7 +116,7 @@ class ShardLink:
     def _keep_receiving(self) -> None:
         now = time.monotonic()
         waited_s = now - self._sent_at
-        give_up_at = max(self._sent_at + self._patience.dead_s, self._began_at + ANSWER_GRACE_S)
+        give_up_at = max(self._sent_at + self._patience.dead_s, self._began_at + self._patience.dead_s * ANSWER_GRACE)
         if now >= give_up_at:
             raise TimeoutError(f"no answer for {waited_s:.3g} s")
         if waited_s < self._patience.slow_s:

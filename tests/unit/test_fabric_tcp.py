@@ -1,50 +1,237 @@
-"""Fabric `tcp` over real sockets on the loopback: both ends, whole and broken. T tokens, D hidden, K top-k."""
+"""Fabric `tcp` over real sockets on the loopback: sums, epochs and who may connect. Losses: test_fabric_tcp_losses.py."""
 
-import torch
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
 import pytest
-from torch import Tensor
-from collections.abc import Iterator
-from contextlib import contextmanager
-from experts.fabric import Membership, PeerLost, StepHeader
+import torch
+
+from experts.fabric import PeerLost, ShardAddress
+from experts.fabric.frames import Form, FrameShape, Kind, LayerFrame, small_frame, write_moment
+from experts.fabric.handshake import prove_router
 from experts.fabric.link import ShardListener
+from experts.fabric.sockets import Deadline, send_frame
 from experts.fabric.tcp import TcpFabric
-from experts.placement import even_placement
-from experts.weights import MoEShape
+from tests.unit.fake_shard import (
+    HIDDEN,
+    TOKEN,
+    FakeShard,
+    begin,
+    fake_shards,
+    in_process,
+    layer_input,
+    listening,
+    members_of,
+    through,
+)
 
-HIDDEN = 64
-TOP_K = 4
-TOKEN = b"a secret of this test"
-
-
-class FakeShard:
-    """Rank r owns the ids with id % num_ranks == r; expert e multiplies by its weight and by e + 1."""
-
-    def __init__(self, rank: int, num_ranks: int, *, dtype: torch.dtype = torch.float32) -> None:
-        self.rank = rank
-        self.num_ranks = num_ranks
-        self.dtype = dtype
-        self.device = torch.device("cpu")
-        self.shape = MoEShape(num_layers=4, moe_layers=(0, 1, 2, 3), num_experts=8, hidden=HIDDEN, intermediate=32)
-
-    def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
-        mine_TK = w_TK * (phys_TK + 1 + layer) * (phys_TK % self.num_ranks == self.rank)
-        torch.mul(x_TD, mine_TK.sum(1, keepdim=True), out=out_TD)
+BF16 = torch.bfloat16
+F32 = torch.float32
 
 
-def test_smoke():
-    shards = [FakeShard(r, 3) for r in range(3)]
-    ls = [ShardListener(s, host="127.0.0.1", name=f"s{s.rank}", token=TOKEN) for s in shards]
-    f = TcpFabric(hidden=HIDDEN, wire_dtype=torch.float32, slow_after_s=1, dead_after_s=2)
-    m = Membership(epoch=1, shards=tuple(l.address for l in ls), placement=even_placement((0,), num_layers=1, num_experts=6, num_ranks=3))
-    f.connect(m, timeout_s=2)
-    for T in (1, 4096, 3, 0, 100):
-        x = torch.randn(T, HIDDEN); ids = torch.randint(0, 8, (T, TOP_K), dtype=torch.int32); w = torch.rand(T, TOP_K)
-        f.begin(StepHeader(epoch=1, step=T, rows=T))
-        out = torch.empty(T, HIDDEN)
-        f.combine(f.dispatch(2, x, ids, w), out)
-        ref = torch.zeros(T, HIDDEN); part = torch.empty(T, HIDDEN)
-        for s in shards:
-            s.forward(2, x, ids, w, out_TD=part); ref += part
-        assert torch.equal(ref, out)
-    f.close()
-    for l in ls: l.close()
+@contextmanager
+def connected(
+    listeners: Sequence[ShardListener], *, wire_dtype: torch.dtype = F32, dead_after_s: float = 5.0
+) -> Iterator[TcpFabric]:
+    fabric = TcpFabric(
+        hidden=HIDDEN, wire_dtype=wire_dtype, slow_after_s=dead_after_s / 2, dead_after_s=dead_after_s
+    )
+    with closing(fabric):
+        fabric.connect(members_of([listener.address for listener in listeners], epoch=1), timeout_s=5)
+        begin(fabric)
+        yield fabric
+
+
+def threads_of_links() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if "-link-" in thread.name}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_float32_sums_equal_those_in_process_bit_for_bit(num_ranks: int) -> None:
+    shards = fake_shards(num_ranks)
+    with listening(shards) as listeners, connected(listeners) as fabric:
+        for layer, rows in enumerate([1, 4096, 7, 256]):
+            given = layer_input(rows)
+            assert torch.equal(through(fabric, layer, given), in_process(shards, layer, given))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("out_dtype", [BF16, F32], ids=["to_bf16", "to_f32"])
+def test_bf16_partials_are_added_in_float32_and_rounded_once(num_ranks: int, out_dtype: torch.dtype) -> None:
+    shards = fake_shards(num_ranks, BF16)
+    given = layer_input(33, dtype=BF16)
+    with listening(shards) as listeners, connected(listeners, wire_dtype=BF16) as fabric:
+        assert torch.equal(
+            through(fabric, 1, given, dtype=out_dtype), in_process(shards, 1, given).to(out_dtype)
+        )
+
+
+def test_the_wire_may_be_narrower_than_shard_and_trunk() -> None:
+    shards = fake_shards(2)
+    with listening(shards) as listeners, connected(listeners, wire_dtype=BF16) as fabric:
+        for rows in (5, 300, 2):
+            given = layer_input(rows)
+            torch.testing.assert_close(
+                through(fabric, 1, given), in_process(shards, 1, given), rtol=0.02, atol=0.1
+            )
+
+
+def test_every_number_of_rows_from_1_to_100_and_none() -> None:
+    shards = fake_shards(2)
+    with listening(shards) as listeners, connected(listeners) as fabric:
+        for rows in (0, *range(1, 101)):
+            given = layer_input(rows, top_k=1 + rows % 8)
+            assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+def test_buffers_made_in_inference_mode_serve_outside_it() -> None:
+    shards = fake_shards(3)
+    with listening(shards) as listeners, connected(listeners) as fabric:
+        with torch.inference_mode():
+            through(fabric, 0, layer_input(500))
+        given = layer_input(400)
+        assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+def test_two_routers_share_a_shard() -> None:
+    shards = fake_shards(1)
+    wrong: list[int] = []
+
+    def route(fabric: TcpFabric, rows: int) -> None:
+        given = layer_input(rows)
+        for layer in [0, 1, 2, 3] * 25:
+            if not torch.equal(through(fabric, layer, given), in_process(shards, layer, given)):
+                wrong.append(layer)
+
+    with listening(shards) as listeners, connected(listeners) as one, connected(listeners) as two:
+        threads = [threading.Thread(target=route, args=args) for args in ((one, 3), (two, 200))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert wrong == []
+
+
+def test_a_new_epoch_keeps_the_links_of_shards_that_stay() -> None:
+    shards = fake_shards(2)
+    with (
+        listening(shards) as (stays, leaves),
+        listening([shards[1]], incarnation="second") as (comes,),
+        connected([stays, leaves]) as fabric,
+    ):
+        first = threads_of_links()
+        fabric.connect(members_of([stays.address, comes.address], epoch=2), timeout_s=5)
+        begin(fabric, epoch=2)
+        given = layer_input(9)
+        assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+        assert len([name for name in threads_of_links() & first if "shard-0" in name]) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"token": b"a guess"}, {"name": "another incarnation"}], ids=["token", "name"]
+)
+def test_who_cannot_prove_the_token_of_this_shard_is_refused(wrong: dict) -> None:
+    shards = fake_shards(2)
+    with listening(shards) as listeners, connected(listeners) as fabric:
+        intruder = TcpFabric(hidden=HIDDEN, wire_dtype=F32, slow_after_s=1, dead_after_s=2)
+        right, mine = (listener.address for listener in listeners)
+        with closing(intruder), pytest.raises(PeerLost, match="refused by first-1: wrong token") as lost:
+            intruder.connect(members_of([right, replace(mine, **wrong)], epoch=1), timeout_s=5)
+        assert lost.value.ranks == (1,)
+        given = layer_input(3)
+        assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+def test_a_listener_that_cannot_prove_the_token_is_not_taken_for_the_shard() -> None:
+    def impostor(server: socket.socket) -> None:
+        sock, _ = server.accept()
+        with sock:
+            sock.sendall(small_frame(Kind.CHALLENGE, bytes(32)))
+            sock.recv(4096)
+            sock.sendall(small_frame(Kind.WELCOME, bytes(32)))
+            sock.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=impostor, args=(server,), daemon=True).start()
+        address = ShardAddress(0, "127.0.0.1", server.getsockname()[1], name="first-0", pid=0, token=TOKEN)
+        fabric = TcpFabric(hidden=HIDDEN, wire_dtype=F32, slow_after_s=1, dead_after_s=2)
+        with closing(fabric), pytest.raises(PeerLost, match="does not hold its token"):
+            fabric.connect(members_of([address], epoch=1), timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"GET / HTTP/1.1\r\nHost: shard\r\n\r\n" * 4, bytes(128), b"SMOE" + b"\xff" * 200, b"", b"SMOE"],
+    ids=["http", "zeros", "magic", "nothing", "cut"],
+)
+def test_garbage_harms_nobody(garbage: bytes) -> None:
+    shards = fake_shards(1)
+    with listening(shards) as listeners, connected(listeners) as fabric:
+        with socket.create_connection(("127.0.0.1", listeners[0].port)) as stranger:
+            stranger.sendall(garbage)
+            stranger.shutdown(socket.SHUT_WR)
+            stranger.settimeout(2)
+            while read_some(stranger):  # its challenge, then the end of the link
+                pass
+        given = layer_input(3)
+        assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+def read_some(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(4096)
+    except ConnectionResetError:
+        return b""
+
+
+def layer_frame(rows: int, hidden: int) -> memoryview:
+    frame = LayerFrame(pinned=False)
+    frame.lay_out(FrameShape(rows, hidden, 4, F32))
+    frame.form[:] = frame.known_form
+    write_moment(frame, epoch=1, step=0, layer=0)
+    return frame.frame
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        layer_frame(2, HIDDEN + 2),
+        memoryview(bytes(layer_frame(2, HIDDEN)) * 2),
+        small_frame(Kind.WELCOME, bytes(32)),
+        memoryview(Form(Kind.LAYER, 1 << 40, FrameShape(1 << 31, HIDDEN, 0, F32)).pack() + bytes(32)),
+    ],
+    ids=["another hidden size", "two frames at once", "another kind", "a terabyte"],
+)
+def test_a_router_that_breaks_the_protocol_loses_its_link_only(sent: memoryview) -> None:
+    shards = fake_shards(1)
+    with listening(shards) as listeners, connected(listeners) as fabric:
+        with socket.create_connection(("127.0.0.1", listeners[0].port)) as sock:
+            prove_router(sock, name="first-0", token=TOKEN, within_s=2)
+            send_frame(sock, sent, keep_waiting=Deadline(2))
+            sock.settimeout(2)
+            assert read_some(sock) == b""
+        given = layer_input(3)
+        assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+def test_closing_a_listener_ends_its_threads() -> None:
+    shard = FakeShard(0, num_ranks=1)
+    with listening([shard]) as listeners, connected(listeners) as fabric:
+        listeners[0].close()
+        assert not [name for name in threads_of_links() if name.startswith("shard-0")]
+        with pytest.raises(PeerLost):
+            through(fabric, 0, layer_input(1))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", listeners[0].port), timeout=1)
+
+
+def test_a_handshake_has_a_deadline() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as sock,
+        pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"),
+    ):
+        prove_router(sock, name="silent", token=TOKEN, within_s=0.1)

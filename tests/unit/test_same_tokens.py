@@ -1,10 +1,10 @@
 """The engine's greedy tokens are those of transformers' own `generate`, whatever happens around them."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from router.config import KVCacheConfig, RouterConfig
 from router.request import Request
@@ -35,19 +35,65 @@ def expected(prompts: list[list[int]]) -> list[Continuation]:
     return Oracle(DEMO).generate(prompts, NUM_TOKENS)
 
 
-def requests_of(prompts: Sequence[Sequence[int]]) -> list[Request]:
-    return [greedy(str(n), prompt, num_tokens=NUM_TOKENS) for n, prompt in enumerate(prompts)]
+def requests_of(prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[Request]:
+    return [greedy(str(n), prompt, num_tokens=num_tokens) for n, prompt in enumerate(prompts)]
 
 
-def assert_all_same(answers: dict[str, Joined], expected: Sequence[Continuation]) -> None:
+def assert_all_same(
+    answers: dict[str, Joined], expected: Sequence[Continuation], *, num_tokens: int, cancelled: Sequence[str] = ()
+) -> None:
+    assert [name for name, answer in answers.items() if answer.finish == "cancelled"] == list(cancelled)
     for name, answer in answers.items():
-        if answer.finish != "cancelled":
-            assert_same_tokens(answer.tokens, expected[int(name)], what=f"prompt {name}")
+        assert name in cancelled or len(answer.tokens) == num_tokens, f"prompt {name}"
+        assert_same_tokens(answer.tokens, expected[int(name)], what=f"prompt {name}")
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
+def pool(num_blocks: int, *, block_size: int) -> KVCacheConfig:
+    """Of the demo model in float32: 6 layers, keys and values, 2 heads of 64."""
+    return KVCacheConfig(block_size=block_size, memory_gib=(num_blocks + 0.5) * block_size * 6144 / 2**30)
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "num_tokens"),
+    [(1, 40), (2, 40), (3, NUM_TOKENS), (4, 40)]
+    + [pytest.param(n, NUM_TOKENS, marks=pytest.mark.slow) for n in (1, 2, 4)],
+)
 def test_any_number_of_shards(
-    num_shards: int, prompts: list[list[int]], expected: list[Continuation]
+    num_shards: int, num_tokens: int, prompts: list[list[int]], expected: list[Continuation]
 ) -> None:
     with in_process(DEMO, num_shards=num_shards) as server:
-        assert_all_same(server.run(requests_of(prompts)), expected)
+        answers = server.run(requests_of(prompts, num_tokens=num_tokens))
+    assert_all_same(answers, expected, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize(("max_batch_tokens", "block_size"), [(7, 16), (64, 5), (100, 1)])
+def test_prompts_in_parts(
+    max_batch_tokens: int, block_size: int, prompts: list[list[int]], expected: list[Continuation]
+) -> None:
+    config = RouterConfig(max_batch_tokens=max_batch_tokens, kv_cache=KVCacheConfig(block_size=block_size))
+    with in_process(DEMO, num_shards=2, config=config) as server:
+        answers = server.run(requests_of(prompts, num_tokens=8))
+    assert_all_same(answers, expected, num_tokens=8)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [50, 2048])
+def test_preemption(max_batch_tokens: int, prompts: list[list[int]], expected: list[Continuation]) -> None:
+    short, expected = prompts[:9], expected[:9]
+    config = RouterConfig(max_batch_tokens=max_batch_tokens, kv_cache=pool(24, block_size=8))
+    with in_process(DEMO, num_shards=2, config=config) as server:
+        answers = server.run(requests_of(short, num_tokens=40))
+        assert server.engine.preempted
+    assert_all_same(answers, expected, num_tokens=40)
+
+
+def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Continuation]) -> None:
+    """Late requests join, running and waiting ones leave, and four rows are too few for all."""
+    config = RouterConfig(max_requests=4, max_batch_tokens=128, kv_cache=pool(60, block_size=16))
+    requests = requests_of(prompts, num_tokens=20)
+    with in_process(DEMO, num_shards=3, config=config) as server:
+        for step, request in enumerate(requests[3:], start=2):
+            server.engine.at_step[step] = partial(server.submit, request)
+        server.engine.at_step[4] = partial(server.cancel, "1")
+        server.engine.at_step[15] = partial(server.cancel, "13")
+        answers = server.run(requests[:3])
+    assert_all_same(answers, expected, num_tokens=20, cancelled=("1", "13"))

@@ -1,0 +1,110 @@
+"""A shard without experts, for tests of the wire, and what it takes to reach it. T tokens, D hidden, K top-k."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experts.fabric import Fabric, Membership, ShardAddress, StepHeader
+from experts.fabric.link import ShardListener
+from experts.placement import even_placement
+from experts.weights import MoEShape
+
+HIDDEN = 64
+NUM_EXPERTS = 12
+TOKEN = b"a secret between these tests"
+
+
+class FakeShard:
+    """Expert e multiplies x by e + layer; rank r has the experts with e % num_ranks == r.
+
+    trouble: by layer, what to do before the forward of that layer.
+    """
+
+    shape = MoEShape(4, (0, 1, 2, 3), num_experts=NUM_EXPERTS, hidden=HIDDEN, intermediate=32)
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        num_ranks: int,
+        dtype: torch.dtype = torch.float32,
+        trouble: Mapping[int, Callable[[], object]] | None = None,
+    ) -> None:
+        self.rank = rank
+        self.dtype = dtype
+        self._num_ranks = num_ranks
+        self._trouble = trouble or {}
+
+    def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        self._trouble.get(layer, bool)()
+        local_TK = phys_TK % self._num_ranks == self.rank
+        factor_T = (w_TK * (phys_TK + layer) * local_TK).sum(1, keepdim=True)
+        out_TD.copy_(x_TD * factor_T)
+
+
+class LayerInput(NamedTuple):
+    x_TD: Tensor
+    phys_TK: Tensor
+    w_TK: Tensor
+
+
+def layer_input(rows: int, *, dtype: torch.dtype = torch.float32, top_k: int = 4) -> LayerInput:
+    seeded = torch.Generator().manual_seed(rows)
+    x_TD = torch.randn(rows, HIDDEN, generator=seeded).to(dtype)
+    phys_TK = torch.randint(NUM_EXPERTS, (rows, top_k), generator=seeded, dtype=torch.int32)
+    return LayerInput(x_TD, phys_TK, torch.rand(rows, top_k, generator=seeded))
+
+
+def fake_shards(num_ranks: int, dtype: torch.dtype = torch.float32) -> list[FakeShard]:
+    return [FakeShard(rank, num_ranks=num_ranks, dtype=dtype) for rank in range(num_ranks)]
+
+
+def in_process(shards: Sequence[FakeShard], layer: int, given: LayerInput) -> Tensor:
+    """What a fabric's combine must return: the partial sums, added in float32 in rank order."""
+    sum_TD = torch.zeros(given.x_TD.shape)
+    for shard in shards:
+        partial_TD = torch.empty(given.x_TD.shape, dtype=shard.dtype)
+        shard.forward(layer, given.x_TD.to(shard.dtype), given.phys_TK, given.w_TK, out_TD=partial_TD)
+        sum_TD += partial_TD
+    return sum_TD
+
+
+def through(fabric: Fabric, layer: int, given: LayerInput, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same through a fabric."""
+    out_TD = torch.empty(given.x_TD.shape, dtype=dtype)
+    fabric.combine(fabric.dispatch(layer, *given), out_TD)
+    return out_TD
+
+
+def members_of(addresses: Sequence[ShardAddress], *, epoch: int) -> Membership:
+    placement = even_placement((0,), num_layers=1, num_experts=NUM_EXPERTS, num_ranks=len(addresses))
+    return Membership(epoch=epoch, shards=tuple(addresses), placement=placement)
+
+
+def begin(fabric: Fabric, *, epoch: int = 1, step: int = 0, rows: int = 1, warming: bool = False) -> None:
+    fabric.begin(StepHeader(epoch=epoch, step=step, rows=rows, warming=warming))
+
+
+@contextmanager
+def listening(shards: Sequence[FakeShard], *, incarnation: str = "first") -> Iterator[list[ShardListener]]:
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                closing(
+                    ShardListener(shard, host="127.0.0.1", name=f"{incarnation}-{shard.rank}", token=TOKEN)
+                )
+            )
+            for shard in shards
+        ]
+
+
+def serve_in_process(rank: int, num_ranks: int, parent: Connection) -> None:
+    """The life of a shard process: sends its address, serves until the parent closes the pipe."""
+    with listening([FakeShard(rank, num_ranks=num_ranks)], incarnation="process") as (listener,):
+        parent.send(listener.address)
+        parent.poll(None)
