@@ -1,10 +1,7 @@
-"""For all tests."""
+"""Ray clusters that tests start have a token of their own: Ray reads it when it is imported."""
 
-import pytest
-import torch
+import os
+import secrets
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """The models of tests are so small that a second thread costs more than it brings, tenfold on a busy machine."""
-    torch.set_num_threads(1)
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

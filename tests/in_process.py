@@ -22,7 +22,7 @@ from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
 CPU = torch.device("cpu")
-DEADLINE_S = 240.0
+DEADLINE_S = 120.0
 
 
 @dataclass
@@ -62,11 +62,21 @@ class CheckedEngine(Engine):
 
 
 class InProcess:
-    """Shards that are lost come back: the engine enters the next epoch with the same ones."""
+    """Shards that are lost come back: the engine enters the next epoch with the same ones.
+
+    at_loss: what else happens, in the engine's thread, before they do.
+    """
 
     def __init__(
-        self, path: Path, fabric: Fabric, placement: ExpertPlacement, *, dtype: torch.dtype, config: RouterConfig
+        self,
+        path: Path,
+        fabric: Fabric,
+        placement: ExpertPlacement,
+        *,
+        dtype: torch.dtype,
+        config: RouterConfig,
     ) -> None:
+        self.at_loss: Callable[[], None] = lambda: None
         self.losses: list[PeerLost] = []
         self.answers: dict[str, Joined] = {}
         self._placement = placement
@@ -108,11 +118,13 @@ class InProcess:
     def _take(self, outputs: Sequence[RequestOutput]) -> None:
         with self._changed:
             for output in outputs:
-                self.answers[output.id].add(output)
+                if self.answers[output.id].finish != "cancelled":
+                    self.answers[output.id].add(output)
             self._changed.notify()
 
     def _lost(self, loss: PeerLost) -> None:
         self.losses.append(loss)
+        self.at_loss()
         self.engine.adopt(local_membership(self._placement, epoch=loss.epoch + 1))
 
 

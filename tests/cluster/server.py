@@ -43,7 +43,7 @@ class Server:
         return {shard["rank"]: shard["pid"] for shard in self.detail().get("shards", [])}
 
     def wait_until_ready(self, *, timeout_s: float = START_S) -> None:
-        eventually(lambda: _is_ready(self.url), what=f"{self.url} is ready", timeout_s=timeout_s)
+        eventually(lambda: is_ready(self.url), what=f"{self.url} is ready", timeout_s=timeout_s)
 
 
 def free_port() -> int:
@@ -98,7 +98,7 @@ def _kill_after(process: subprocess.Popen[str], seconds: int) -> subprocess.Pope
     return subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -9 {process.pid}"])
 
 
-def _is_ready(url: str) -> bool:
+def is_ready(url: str) -> bool:
     try:
         return readiness(url)[0]
     except LaunchError:

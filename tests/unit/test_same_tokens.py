@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from experts.fabric.faulty import Fault, FaultyFabric, Lost, Unreachable
+from experts.fabric.local import LocalFabric
+from experts.shard import ExpertShard
 from router.config import KVCacheConfig, RouterConfig
 from router.request import Request
 from router.tokenizer import Tokenizer
@@ -40,7 +43,11 @@ def requests_of(prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[Re
 
 
 def assert_all_same(
-    answers: dict[str, Joined], expected: Sequence[Continuation], *, num_tokens: int, cancelled: Sequence[str] = ()
+    answers: dict[str, Joined],
+    expected: Sequence[Continuation],
+    *,
+    num_tokens: int,
+    cancelled: Sequence[str] = (),
 ) -> None:
     assert [name for name, answer in answers.items() if answer.finish == "cancelled"] == list(cancelled)
     for name, answer in answers.items():
@@ -97,3 +104,45 @@ def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Con
         server.engine.at_step[15] = partial(server.cancel, "13")
         answers = server.run(requests[:3])
     assert_all_same(answers, expected, num_tokens=20, cancelled=("1", "13"))
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param([Lost(rank=1, step=0, layer=0)], id="first layer of the first step"),
+        pytest.param([Lost(rank=0, step=5, layer=3)], id="amid a step"),
+        pytest.param([Lost(rank=2, step=9, layer=5)], id="last layer"),
+        pytest.param([Lost(rank=r, step=4, layer=2 * r) for r in range(3)], id="again in the next try"),
+        pytest.param([Lost(rank=2, step=7, layer=1), Unreachable(rank=2, epoch=2)], id="late to come back"),
+    ],
+)
+def test_a_lost_shard(faults: list[Fault], prompts: list[list[int]], expected: list[Continuation]) -> None:
+    """Chunked prompts and preemption too, so that all sorts of steps are run again."""
+    config = RouterConfig(max_batch_tokens=40, kv_cache=pool(21, block_size=8))
+    with in_process(DEMO, num_shards=3, config=config, fabric=partial(faulty, faults=faults)) as server:
+        answers = server.run(requests_of(prompts[:9], num_tokens=12))
+        assert len(server.losses) == len(faults)
+        assert server.engine.preempted
+        assert server.engine.status().epoch == 1 + len(faults)
+    assert_all_same(answers, expected, num_tokens=12)
+
+
+def test_what_is_asked_while_a_shard_is_away(prompts: list[list[int]], expected: list[Continuation]) -> None:
+    """A request that leaves a step in flight, one that leaves the queue, one that arrives."""
+    requests = requests_of(prompts, num_tokens=12)
+    config = RouterConfig(max_requests=6)
+
+    def meanwhile() -> None:
+        server.cancel("2")
+        server.cancel("7")
+        server.submit(requests[8])
+
+    fabric = partial(faulty, faults=[Lost(rank=1, step=5, layer=2)])
+    with in_process(DEMO, num_shards=2, config=config, fabric=fabric) as server:
+        server.at_loss = meanwhile
+        answers = server.run(requests[:8])
+    assert_all_same(answers, expected, num_tokens=12, cancelled=("2", "7"))
+
+
+def faulty(shards: Sequence[ExpertShard], *, faults: Sequence[Fault]) -> FaultyFabric:
+    return FaultyFabric(LocalFabric(shards), faults)
