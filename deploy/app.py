@@ -11,9 +11,8 @@ from deploy.client import HandleClient
 from deploy.config import AppArgs
 from deploy.ingress import build_ingress
 from deploy.replica import RouterReplica
-from router.shape import shape_of
+from router.model_config import read_config, shape_of
 from router.tokenizer import Tokenizer
-from router.trunk import read_config
 
 MANY = 100_000
 """Requests in flight that Serve allows: the queue, and its limit, are the engine's."""

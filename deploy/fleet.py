@@ -48,11 +48,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class FleetOverview:
-    """problems: by rank, a sentence why it has no shard."""
+    """problems: by rank, a sentence why it has no shard. hopeless: one of them that a user must mend, "" if none."""
 
     pid: int
     shards: tuple[ShardStats, ...]
     problems: dict[int, str]
+    hopeless: str
 
 
 class Fleet:
@@ -65,6 +66,7 @@ class Fleet:
         self._shards: dict[int, Shard] = {}
         self._keepers: dict[int, asyncio.Task[None]] = {}
         self._problems: dict[int, str] = {}
+        self._hopeless = ""
         self._epoch = 0
         self._members: Membership | None = None
         self._published = asyncio.Condition()
@@ -127,7 +129,9 @@ class Fleet:
             *(asyncio.wait_for(one, POLL_S) for one in asked), return_exceptions=True
         )
         stats = sorted((one for one in answers if isinstance(one, ShardStats)), key=lambda one: one.rank)
-        return FleetOverview(pid=os.getpid(), shards=tuple(stats), problems=dict(self._problems))
+        return FleetOverview(
+            pid=os.getpid(), shards=tuple(stats), problems=dict(self._problems), hopeless=self._hopeless
+        )
 
     async def shutdown(self) -> None:
         """Stop every shard, then this actor: the call ends with its death."""
@@ -168,6 +172,7 @@ class Fleet:
                 continue
             num_failures = 0
             self._problems.pop(rank, None)
+            self._hopeless = ""
             await self._publish_if_complete()
             why = await _until_gone(shard)
             logger.warning("shard %d (%s) is gone: %s", rank, shard.name, why)
@@ -242,6 +247,8 @@ class Fleet:
     def _note_problem(self, rank: int, error: Exception) -> None:
         cause = error.cause if isinstance(error, RayTaskError) else error
         self._problems[rank] = f"shard {rank} does not start: {cause}"
+        if isinstance(cause, ValueError):
+            self._hopeless = str(cause)
         logger.error("%s", self._problems[rank])
 
     async def _publish_if_complete(self) -> None:

@@ -22,6 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 from deploy.config import ServeFile
 from deploy.fleet import NAMESPACE
 from experts.checkpoint import ExpertCheckpoint
+from router.model_config import read_config
 
 POLL_S = 0.5
 
@@ -52,6 +53,7 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
 def check(config: ServeFile) -> None:
     """What can be known before anything is started: the checkpoint and the port."""
     application = config.applications[0]
+    read_config(application.args.model.path)
     with ExpertCheckpoint(application.args.model.path) as checkpoint:
         num_experts, num_shards = checkpoint.shape.num_experts, application.experts.shards
         if checkpoint.format == "dense":
@@ -143,9 +145,11 @@ def _wait_until_ready(config: ServeFile) -> None:
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise LaunchError(f"the application did not start: {application.message}")
         with contextlib.suppress(LaunchError):
-            ready, reason, _ = readiness(config.url)
+            ready, reason, detail = readiness(config.url)
             if ready:
                 return
+            if hopeless := detail.get("hopeless"):
+                raise ValueError(hopeless)
             if reason != told:
                 print(f"waiting: {reason}", file=sys.stderr, flush=True)
                 told = reason

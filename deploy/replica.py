@@ -140,6 +140,7 @@ class RouterReplica:
             if overview is None:
                 return {"ready": False, "reason": "the Fleet does not answer", "detail": detail}
             detail["fleet_pid"] = overview.pid
+            detail["hopeless"] = overview.hopeless
             detail["shards"] = [asdict(shard) for shard in overview.shards]
             reason = "; ".join([*([reason] if reason else []), *overview.problems.values()])
         return {"ready": not reason, "reason": reason, "detail": detail}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from router.config import KVCacheConfig
-from router.shape import TrunkShape
+from router.model_config import TrunkShape
 
 
 class BlockTables:

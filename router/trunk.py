@@ -3,7 +3,6 @@
 T rows of a step, N rows whose logits are wanted, D hidden, K top-k, V vocabulary.
 """
 
-import json
 import re
 import threading
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from experts.checkpoint import trunk_tensors
 from router.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
-from router.shape import shape_of
-
-FAMILIES = ("qwen3_moe", "minimax_m2", "glm4_moe", "mixtral", "ernie4_5_moe", "hy_v3")
-"""Model types that are tested against transformers' own `generate`."""
+from router.model_config import read_config, shape_of
 
 
 class RoutedExperts(Protocol):
@@ -59,37 +55,6 @@ class Trunk:
             input_ids=input_T[None], position_ids=position_T[None], use_cache=False, logits_to_keep=keep_N
         )
         return output.logits[0]
-
-
-def read_config(path: Path) -> PreTrainedConfig:
-    """The model's config, checked: ValueError says what is not supported."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json, so this is not a checkpoint directory")
-    try:
-        model_type = json.loads((path / "config.json").read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / 'config.json'}: not valid JSON: {error}") from error
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.hidden_act != "silu":
-        raise ValueError(
-            f"{path}: hidden_act {config.hidden_act!r} is not supported, only silu (SwiGLU experts)"
-        )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ValueError(
-            f"{path}: sliding-window attention ({config.sliding_window} tokens) is not supported"
-        )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise ValueError(
-            f"{path}: rope scaling {rope_type!r} depends on a request's length and is not supported"
-        )
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")  # transformers has no quantiser for it; our reader dequantises
-    return config
 
 
 def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> Any:

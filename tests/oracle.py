@@ -4,9 +4,10 @@ Of ours it uses only the reader of checkpoints. T tokens, V vocabulary.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ class Continuation:
 class Oracle:
     """A model that only tests load: all experts at once, in float32."""
 
-    def __init__(self, path: Path) -> None:
-        self.model = load_model(path, {**dict(trunk_tensors(path)), **dict(_dequantised_experts(path))})
+    def __init__(self, path: Path, *, replaced: Mapping[str, Tensor] | None = None) -> None:
+        """replaced: tensors that stand in for the checkpoint's."""
+        tensors = dict(trunk_tensors(path)) | dict(_dequantised_experts(path)) | dict(replaced or {})
+        self.model: Any = load_model(path, tensors)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Continuation]:
@@ -62,10 +65,9 @@ class Oracle:
 def load_model(path: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
     """transformers' model of a checkpoint's config, in float32, from tensors with their names on disk."""
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = family.from_pretrained(
+    config.__dict__.pop("quantization_config", None)
+    family = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    loaded: Any = family.from_pretrained(
         None,
         config=config,
         state_dict=tensors,
@@ -73,7 +75,9 @@ def load_model(path: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
         experts_implementation="eager",
         output_loading_info=True,
     )
+    model, info = loaded
     assert not any(info.values()), info
+    assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     return model.eval()
 

@@ -1,0 +1,57 @@
+"""`sparkmoe serve` as a person starts and stops it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.cluster.server import DEMO, ROOT, free_port, serving
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
+    source = ROOT / "configs" / "demo-model"
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.3.mlp.experts.30.up_proj.weight_scale"
+    tensors[name] = tensors[name].float()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    settings = ["--set", f"model.path={tmp_path}", "--set", f"http_options.port={free_port()}"]
+    command = [sys.executable, "-m", "deploy", "serve", str(DEMO), *settings]
+    started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert started.returncode == 2
+    assert started.stderr.splitlines()[-1].startswith("sparkmoe: ")
+    assert name in started.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_stopping_ends_every_process_it_started(number: signal.Signals) -> None:
+    with serving("fabric.kind=local", "experts.shards=3") as server:
+        pids = [server.detail()["router_pid"], *_descendants(server.process.pid)]
+        assert len(pids) > 3
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 0
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        todo.extend(children.get(todo[0], []))
+        found.extend(children.get(todo.pop(0), []))
+    return [pid for pid in found if pid != os.getpid()]
