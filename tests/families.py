@@ -1,20 +1,18 @@
 """A tiny random model of every supported family, with all that its family has: dense layers, shared experts, biases."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.quantize import quantize_checkpoint
 from router.model_config import FAMILIES
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo-model"
-
-VOCAB_SIZE = 96
+VOCAB_SIZE = 256
 NUM_EXPERTS = 8
 
 _COMMON: dict[str, Any] = {
@@ -75,15 +73,14 @@ assert _OF_FAMILY.keys() == set(FAMILIES)
 
 
 def write_dense(family: str, path: Path) -> Path:
-    """A BF16 checkpoint as transformers saves it, with the demo model's tokenizer."""
+    """A BF16 checkpoint as transformers saves it. Its tokens are bytes."""
     config = CONFIG_MAPPING[family](**(_COMMON | _OF_FAMILY[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         tensor.copy_(_random(name, tensor, generator))
     model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO / name, path / name)
+    _byte_tokenizer().save_pretrained(path)
     return path
 
 
@@ -94,6 +91,14 @@ def write_nvfp4(family: str, path: Path) -> Path:
         amax = dict.fromkeys(checkpoint.shape.moe_layers, (6.0, 6.0))
     quantize_checkpoint(dense, path, amax=amax, progress=False)
     return path
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

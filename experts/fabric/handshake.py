@@ -5,6 +5,7 @@
     shard  -> router  WELCOME    HMAC-SHA256(token, b"shard" | nonce_s | nonce_r | name)
 
 The name stands for one incarnation of a rank, so a process that was given a dead shard's port is not taken for it.
+This proves who connected; what follows is neither encrypted nor signed.
 """
 
 import hmac

@@ -17,7 +17,7 @@ from experts.fabric.sockets import prepare, receive_frame, send_frame, set_kerne
 logger = logging.getLogger(__name__)
 
 ANSWER_GRACE = 0.1
-"""Of dead_s, at least, for reading an answer: that may begin late, because links are read one after the other."""
+"""At least this part of dead_s is there to read an answer: links are read in turn, so that may begin late."""
 
 
 class Patience(NamedTuple):
@@ -37,7 +37,6 @@ class ShardLink:
         self._owes_answer = False
         self._patience = Patience(slow_s=0.0, dead_s=0.0)
         self._step = -1
-        self._layer = -1
         self._reported = False
         self._began_at = 0.0
         self._sent_at = 0.0
@@ -94,7 +93,7 @@ class ShardLink:
         reply = self._reply
         if reply.shape != request.shape:
             reply.lay_out(request.shape)
-        self._layer = layer_of(request)
+        self._awaiting = request
         self._began_at = time.monotonic()
         receive_frame(self._socket, reply, accept=_nothing_else, keep_waiting=self._keep_receiving)
         if reply.moment != request.moment:
@@ -116,20 +115,20 @@ class ShardLink:
     def _keep_receiving(self) -> None:
         now = time.monotonic()
         waited_s = now - self._sent_at
-        give_up_at = max(self._sent_at + self._patience.dead_s, self._began_at + self._patience.dead_s * ANSWER_GRACE)
+        slow_s, dead_s = self._patience
+        give_up_at = max(self._sent_at + dead_s, self._began_at + dead_s * ANSWER_GRACE)
         if now >= give_up_at:
             raise TimeoutError(f"no answer for {waited_s:.3g} s")
-        if waited_s < self._patience.slow_s:
-            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, self._patience.slow_s - waited_s)
+        if waited_s < slow_s:
+            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, slow_s - waited_s)
             return
         set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, give_up_at - now)
         if not self._reported:
             self._reported = True
-            shard, place = (
-                f"shard {self.address.rank} ({self.address.name})",
-                f"step {self._step}, layer {self._layer}",
+            who, layer = f"shard {self.address.rank} ({self.address.name})", layer_of(self._awaiting)
+            logger.warning(
+                "%s is slow: no answer for %.3g s to step %d, layer %d", who, waited_s, self._step, layer
             )
-            logger.warning("%s is slow: no answer to %s for %.3g s", shard, place, waited_s)
 
 
 def _nothing_else(_: Form) -> bool:

@@ -53,20 +53,15 @@ class TcpFabric:
             self._aborted = None
         self._ranks = tuple(shard.rank for shard in members.shards)
         self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
-        self._drop(
-            [
-                rank
-                for rank, link in self._links.items()
-                if link.address not in members.shards or not link.idle
-            ]
-        )
+        stale = [r for r, link in self._links.items() if not (link.idle and link.address in members.shards)]
+        self._drop(stale)
         missing = [shard for shard in members.shards if shard.rank not in self._links]
         opened, self._lost = _open_links(missing, timeout_s=timeout_s, silence_s=self._dead_after_s)
         with self._lock:
             self._links = dict(sorted({**self._links, **opened}.items()))
         self._raise_if_aborted()
         if self._lost:
-            raise self._peer_lost(self._lost, layer=-1, elapsed_s=time.monotonic() - began)
+            raise self._peer_lost(layer=-1, since=began)
 
     def begin(self, header: StepHeader) -> None:
         """Nothing crosses the wire: every layer's frame says which step it belongs to."""
@@ -82,8 +77,10 @@ class TcpFabric:
         self._raise_if_aborted()
         self._dispatched_at = time.monotonic()
         request = self._request
-        shape = FrameShape(x_TD.shape[0], self._hidden, phys_TK.shape[1], self._wire_dtype)
+        rows, hidden = x_TD.shape
+        shape = FrameShape(rows, hidden, phys_TK.shape[1], self._wire_dtype)
         if shape != request.shape:
+            assert hidden == self._hidden, (hidden, self._hidden)
             request.lay_out(shape)
             request.form[:] = request.known_form
             self._sum_TD.resize_(request.x_TD.shape)
@@ -96,7 +93,7 @@ class TcpFabric:
                 link.send(request)
             except OSError as error:
                 self._lost[rank] = str(error)
-        return Ticket(layer=layer, rows=shape.rows)
+        return Ticket(layer=layer, rows=rows)
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
         """Reads every living shard's answer, even after a loss, so that their links are clean for the next epoch."""
@@ -111,9 +108,7 @@ class TcpFabric:
         self._raise_if_aborted(ticket.layer)
         if self._lost:
             self._drop(self._lost)
-            raise self._peer_lost(
-                self._lost, layer=ticket.layer, elapsed_s=time.monotonic() - self._dispatched_at
-            )
+            raise self._peer_lost(layer=ticket.layer, since=self._dispatched_at)
         _sum_in_float32(partials, self._sum_TD, out_TD)
 
     def abort(self, reason: str) -> None:
@@ -134,17 +129,17 @@ class TcpFabric:
 
     def _raise_if_aborted(self, layer: int = -1) -> None:
         if self._aborted is not None:
-            raise self._peer_lost(dict.fromkeys(self._ranks, self._aborted), layer=layer, elapsed_s=0.0)
+            self._lost = dict.fromkeys(self._ranks, self._aborted)
+            raise self._peer_lost(layer=layer, since=time.monotonic())
 
-    def _peer_lost(self, why_of: dict[int, str], *, layer: int, elapsed_s: float) -> PeerLost:
-        reasons = dict.fromkeys(f"{why}" for why in why_of.values())
+    def _peer_lost(self, *, layer: int, since: float) -> PeerLost:
         return PeerLost(
-            sorted(why_of),
+            sorted(self._lost),
             epoch=self._header.epoch,
             step=self._header.step,
             layer=layer,
-            elapsed_s=elapsed_s,
-            why="; ".join(reasons),
+            elapsed_s=time.monotonic() - since,
+            why="; ".join(f"shard {rank}: {why}" for rank, why in sorted(self._lost.items())),
         )
 
 

@@ -48,9 +48,7 @@ class IdleShard:
 
 def shard_process(rank: int, dtype: torch.dtype, parent: Connection) -> None:
     torch.set_num_threads(1)
-    listener = ShardListener(
-        IdleShard(rank, dtype), host="127.0.0.1", name=f"bench-{rank}", token=b"bench"
-    )
+    listener = ShardListener(IdleShard(rank, dtype), host="127.0.0.1", name=f"bench-{rank}", token=b"bench")
     parent.send(listener.address)
     parent.poll(None)  # the parent closes its end
     listener.close()

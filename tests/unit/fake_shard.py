@@ -15,6 +15,7 @@ from experts.weights import MoEShape
 
 HIDDEN = 64
 NUM_EXPERTS = 12
+CPU = torch.device("cpu")
 TOKEN = b"a secret between these tests"
 
 
@@ -25,7 +26,6 @@ class FakeShard:
     """
 
     shape = MoEShape(4, (0, 1, 2, 3), num_experts=NUM_EXPERTS, hidden=HIDDEN, intermediate=32)
-    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -33,10 +33,12 @@ class FakeShard:
         *,
         num_ranks: int,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
         trouble: Mapping[int, Callable[[], object]] | None = None,
     ) -> None:
         self.rank = rank
         self.dtype = dtype
+        self.device = device
         self._num_ranks = num_ranks
         self._trouble = trouble or {}
 
@@ -66,9 +68,9 @@ def fake_shards(num_ranks: int, dtype: torch.dtype = torch.float32) -> list[Fake
 
 def in_process(shards: Sequence[FakeShard], layer: int, given: LayerInput) -> Tensor:
     """What a fabric's combine must return: the partial sums, added in float32 in rank order."""
-    sum_TD = torch.zeros(given.x_TD.shape)
+    sum_TD = torch.zeros(given.x_TD.shape, device=given.x_TD.device)
     for shard in shards:
-        partial_TD = torch.empty(given.x_TD.shape, dtype=shard.dtype)
+        partial_TD = torch.empty_like(given.x_TD, dtype=shard.dtype)
         shard.forward(layer, given.x_TD.to(shard.dtype), given.phys_TK, given.w_TK, out_TD=partial_TD)
         sum_TD += partial_TD
     return sum_TD

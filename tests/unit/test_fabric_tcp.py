@@ -19,6 +19,7 @@ from tests.unit.fake_shard import (
     HIDDEN,
     TOKEN,
     FakeShard,
+    LayerInput,
     begin,
     fake_shards,
     in_process,
@@ -94,6 +95,20 @@ def test_buffers_made_in_inference_mode_serve_outside_it() -> None:
             through(fabric, 0, layer_input(500))
         given = layer_input(400)
         assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wire_dtype", [BF16, F32], ids=["bf16", "f32"])
+def test_tensors_of_a_gpu_cross_through_host_memory(wire_dtype: torch.dtype) -> None:
+    shards = [
+        FakeShard(rank, num_ranks=2, dtype=wire_dtype, device=torch.device("cuda")) for rank in range(2)
+    ]
+    with listening(shards) as listeners, connected(listeners, wire_dtype=wire_dtype) as fabric:
+        for rows in (1, 300, 2):
+            given = LayerInput(*(tensor.cuda() for tensor in layer_input(rows, dtype=wire_dtype)))
+            out_TD = torch.empty(given.x_TD.shape, dtype=wire_dtype, device="cuda")
+            fabric.combine(fabric.dispatch(1, *given), out_TD)
+            assert torch.equal(out_TD, in_process(shards, 1, given).to(wire_dtype))
 
 
 def test_two_routers_share_a_shard() -> None:

@@ -1,0 +1,125 @@
+"""Calibration: how large the inputs of a checkpoint's expert matrices become on a sample text.
+
+The trunk runs as it does when serving, all sequences in one forward. In place of the dispatcher stands a recorder that
+reads one expert at a time, so memory holds the trunk, one expert and the activations.
+T tokens, D hidden, K top-k, R tokens routed to one expert, I intermediate.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from experts.checkpoint import ExpertCheckpoint
+from router.attention import Chunk, PagedAttention, plan_attention
+from router.kv_cache import BlockTables, KVCache
+from router.tokenizer import Tokenizer
+from router.trunk import Trunk
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+"""English, code and chats."""
+
+SEQUENCE_TOKENS = 512
+MAX_SEQUENCES = 64
+
+
+def calibrate(checkpoint: Path, text: Path, *, progress: bool) -> dict[int, tuple[float, float]]:
+    """Of each MoE layer, the largest magnitude of what enters gate and up, and of what enters down.
+
+    checkpoint: not quantised. Of the text the first 32768 tokens count. Runs on the GPU in bfloat16 if there is one,
+    else on the CPU in float32. Raises ValueError for a checkpoint that we do not serve, or a text without tokens.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with ExpertCheckpoint(checkpoint) as experts:
+        if experts.format != "dense":
+            raise ValueError(f"{checkpoint}: is already quantised; give the BF16 checkpoint")
+        trunk = Trunk(checkpoint, dtype=dtype, device=device)
+        sequences = _sequences(checkpoint, text, max_tokens=min(SEQUENCE_TOKENS, trunk.shape.max_model_len))
+        num_layers = len(experts.shape.moe_layers)
+        with tqdm(total=num_layers, desc="calibrate", disable=not progress, unit="layer") as bar:
+            recorder = _Recorder(experts, bar)
+            _forward(trunk, sequences, recorder)
+        return recorder.amax
+
+
+class _Recorder:
+    """Computes routed experts, weights from disk, and records what enters their matrices."""
+
+    def __init__(self, experts: ExpertCheckpoint, bar: tqdm) -> None:
+        self.amax: dict[int, tuple[float, float]] = {}
+        self._experts = experts
+        self._bar = bar
+
+    def moe(self, layer: int, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor:
+        out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        down_amax = x_TD.new_zeros(())
+        for expert in range(self._experts.shape.num_experts):
+            token_R, k_R = (logical_TK == expert).nonzero(as_tuple=True)
+            if len(token_R) == 0:
+                continue
+            gate, up, down = (matrix.to(x_TD) for matrix in self._experts.read_dense(layer, expert))
+            x_RD = x_TD[token_R]
+            h_RI = F.silu(x_RD @ gate.T) * (x_RD @ up.T)
+            out_TD.index_add_(0, token_R, (h_RI @ down.T).float() * w_TK[token_R, k_R, None])
+            down_amax = torch.maximum(down_amax, h_RI.abs().amax())  # unlike max(), it keeps a NaN
+        self.amax[layer] = (x_TD.abs().amax().item(), down_amax.item())
+        self._bar.update()
+        return out_TD.to(x_TD.dtype)
+
+
+def _sequences(checkpoint: Path, text: Path, *, max_tokens: int) -> list[list[int]]:
+    if not text.is_file():
+        raise ValueError(f"{text}: no such text file")
+    tokens = Tokenizer(checkpoint).encode(text.read_text(encoding="utf-8"))
+    if not tokens:
+        raise ValueError(f"{text}: has no tokens to calibrate on")
+    starts = range(0, len(tokens), max_tokens)
+    if len(starts) > MAX_SEQUENCES:
+        logger.warning(
+            "%s: only the first %d of %d tokens count", text, MAX_SEQUENCES * max_tokens, len(tokens)
+        )
+        starts = starts[:MAX_SEQUENCES]
+    return [tokens[start : start + max_tokens] for start in starts]
+
+
+def _forward(trunk: Trunk, sequences: Sequence[Sequence[int]], experts: _Recorder) -> None:
+    """Each sequence is a prompt in one block of the cache."""
+    longest = len(sequences[0])
+    tables = BlockTables(
+        num_blocks=len(sequences), block_size=longest, max_requests=len(sequences), max_tokens=longest
+    )
+    chunks = []
+    for sequence in sequences:
+        row = tables.take_row()
+        assert row is not None
+        tables.reserve(row, len(sequence))
+        chunks.append(Chunk(row=row, start=0, count=len(sequence)))
+    device = trunk.device
+    trunk.forward(
+        torch.tensor([token for sequence in sequences for token in sequence], device=device),
+        torch.cat([torch.arange(len(sequence)) for sequence in sequences]).to(device),
+        keep_N=torch.tensor([0], device=device),
+        attention=PagedAttention(
+            _shared_cache(trunk, num_slots=len(sequences) * longest), block_size=longest
+        ),
+        plan=plan_attention(chunks, tables, dtype=trunk.dtype, device=device),
+        experts=experts,
+    )
+
+
+def _shared_cache(trunk: Trunk, *, num_slots: int) -> KVCache:
+    """All layers write to the same memory: whole prompts are attended to without reading the cache."""
+    cache = KVCache(
+        replace(trunk.shape, num_layers=1), num_slots=num_slots, dtype=trunk.dtype, device=trunk.device
+    )
+    cache.k = cache.k.expand(trunk.shape.num_layers, -1, -1, -1)
+    cache.v = cache.v.expand(trunk.shape.num_layers, -1, -1, -1)
+    return cache
