@@ -30,7 +30,11 @@ class LinearInputs(TorchFunctionMode):
         self._names = {_storage(parameter): name for name, parameter in model.named_parameters()}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is F.linear:
             name = self._names[_storage(args[1])]
