@@ -68,6 +68,9 @@ def plan_attention(
     length_B = torch.tensor([chunk.start + 1 for chunk in decoding], dtype=torch.int64)
     num_blocks = -(-int(length_B.max()) // block_size) if decoding else 0
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
+    # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
+    held_BN = torch.arange(num_blocks) * block_size < length_B[:, None]
+    table_BN = table_BN.where(held_BN, table_BN[:, :1])
     hidden_BS = torch.arange(num_blocks * block_size) >= length_B[:, None]
     mask_BS = torch.zeros(hidden_BS.shape, dtype=dtype).masked_fill_(hidden_BS, float("-inf"))
 

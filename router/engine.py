@@ -80,6 +80,7 @@ class Engine:
         self._eos = eos
         self._on_outputs = on_outputs
         self._on_lost = on_lost
+        self._cache = cache
         self._attention = PagedAttention(cache, block_size=kv.block_size)
         self._dispatcher = Dispatcher(fabric, device=trunk.device)
         self._scheduler = Scheduler(tables, max_batch_tokens=config.max_batch_tokens)
@@ -200,19 +201,25 @@ class Engine:
             part.running.num_computed += part.chunk.count
             if part.running.request.params.prompt_logprobs:
                 _score_prompt(part, part_NV)
-        sampling = [
-            (part.running, part_NV[-1])
-            for part, part_NV in zip(plan.parts, kept, strict=True)
-            if part.samples
-        ]
-        running = [running for running, _ in sampling]
+        last = zip(plan.parts, (part_NV[-1:] for part_NV in kept), strict=True)
+        return self._sample([(part.running, logits_1V) for part, logits_1V in last if part.samples])
+
+    def _sample(self, rows: Sequence[tuple[RunningRequest, Tensor]]) -> list[RequestOutput]:
+        """One token for each request, from its logits [1, V]. Those whose logits are not finite fail, and only those."""
         try:
-            sampled = _sample(running, [row_V for _, row_V in sampling])
+            sampled = _sample(rows)
         except LogitsError as error:
-            return self._fail(
-                [running[n] for n in error.rows], "the model computed logits that are not finite"
-            )
-        return [self._push(*pair) for pair in zip(running, sampled, strict=True)]
+            bad = [running for n, (running, _) in enumerate(rows) if n in error.rows]
+            for running in bad:
+                self._erase(running)
+            failed = self._fail(bad, "the model computed logits that are not finite")
+            return failed + self._sample([row for n, row in enumerate(rows) if n not in error.rows])
+        return [self._push(running, one) for (running, _), one in zip(rows, sampled, strict=True)]
+
+    def _erase(self, running: RunningRequest) -> None:
+        """Its keys and values may be NaN, which would spoil whoever gets the blocks next, even behind a mask."""
+        assert running.row is not None
+        self._cache.erase(self._scheduler.tables.slots(running.row, 0, running.num_computed))
 
     def _push(self, running: RunningRequest, sampled: Sampled) -> RequestOutput:
         running.tokens.append(sampled.token)
@@ -267,8 +274,8 @@ class Engine:
         )
 
 
-def _sample(running: Sequence[RunningRequest], rows: Sequence[Tensor]) -> list[Sampled]:
-    if not running:
+def _sample(rows: Sequence[tuple[RunningRequest, Tensor]]) -> list[Sampled]:
+    if not rows:
         return []
     history = [
         SamplingRow(
@@ -277,9 +284,9 @@ def _sample(running: Sequence[RunningRequest], rows: Sequence[Tensor]) -> list[S
             prompt=one.request.prompt,
             output=one.tokens[len(one.request.prompt) :],
         )
-        for one in running
+        for one, _ in rows
     ]
-    return sample(torch.stack(list(rows)), history)
+    return sample(torch.cat([logits_1V for _, logits_1V in rows]), history)
 
 
 def _score_prompt(part: PlannedChunk, part_NV: Tensor) -> None:

@@ -76,6 +76,11 @@ class KVCache:
         )  # zeros: slots that a mask hides must be finite
         self.v = torch.zeros(size, dtype=dtype, device=device)
 
+    def erase(self, slots: Tensor) -> None:
+        """Zeros, in every layer."""
+        self.k[:, slots] = 0
+        self.v[:, slots] = 0
+
 
 def num_blocks_for(shape: TrunkShape, config: KVCacheConfig, *, dtype: torch.dtype) -> int:
     """How many blocks of keys and values fit into the memory. Raises ValueError if none does."""

@@ -5,10 +5,12 @@ T rows of a step, N rows whose logits are wanted, D hidden, K top-k, V vocabular
 
 import re
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -76,6 +78,7 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
     unexpected = [name for name in info["unexpected_keys"] if not _EXTRA.search(name)]
     if unexpected:
         raise ValueError(f"{path}: trunk tensors that the model does not have: {sorted(unexpected)[:3]}")
+    _fuse_norms(model)
     return model.to(device).eval()
 
 
@@ -83,6 +86,17 @@ _EXTRA = re.compile(
     r"(^|\.)(mtp|eh_proj|enorm|hnorm|shared_head)\.|rotary_emb\.inv_freq$|layers\.\d+\.embed_tokens"
 )
 """Tensors that checkpoints carry and a causal language model does not: multi-token prediction, derived buffers."""
+
+
+def _fuse_norms(model: torch.nn.Module) -> None:
+    """One operation per RMSNorm instead of six: a tenth of a decode step on a CPU."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _without_experts(config: PreTrainedConfig) -> type[PreTrainedModel]:

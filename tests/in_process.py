@@ -1,7 +1,7 @@
 """InProcess: an engine over shards in its own process, run until what it was asked is answered."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +12,7 @@ import torch
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.fabric import Fabric, PeerLost
+from experts.fabric.faulty import Fault, FaultyFabric
 from experts.fabric.local import LocalFabric, local_membership
 from experts.placement import ExpertPlacement, even_placement
 from experts.shard import ExpertShard, load_shard
@@ -22,7 +23,6 @@ from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
 CPU = torch.device("cpu")
-DEADLINE_S = 120.0
 
 
 @dataclass
@@ -92,14 +92,22 @@ class InProcess:
         )
         self.engine.adopt(local_membership(placement))
 
-    def run(self, requests: Iterable[Request]) -> dict[str, Joined]:
-        """All answers, also those of late requests. Fails if one has an error, or if a block is still held."""
+    def run(
+        self, requests: Iterable[Request], *, failing: Collection[str] = (), deadline_s: float = 120
+    ) -> dict[str, Joined]:
+        """All answers, also those of late requests. The first requests come in one batch.
+
+        Asserts that the failing ones have errors, and no others, and that in the end every block is free.
+        """
         for request in requests:
             self.submit(request)
+        if not self.engine.is_alive():
+            self.engine.start()
         with self._changed:
-            assert self._changed.wait_for(self._complete, DEADLINE_S), self.engine.status()
+            assert self._changed.wait_for(self._complete, deadline_s), self.engine.status()
         assert not self.engine.at_step, f"the engine was done before step {min(self.engine.at_step)}"
-        assert not any(answer.error for answer in self.answers.values()), self.answers
+        errors = {name: answer.error for name, answer in self.answers.items() if answer.error}
+        assert errors.keys() == set(failing), errors
         status = self.engine.status()
         assert status.num_free_blocks == status.num_blocks, status
         return self.answers
@@ -138,16 +146,20 @@ def in_process(
     config: RouterConfig | None = None,
     fabric: Callable[[Sequence[ExpertShard]], Fabric] = LocalFabric,
 ) -> Iterator[InProcess]:
-    """A started engine. dtype: of trunk, wire and experts."""
+    """dtype: of trunk, wire and experts."""
     placement = placement_of(path, num_shards)
     shards = shards_of(path, num_shards, backend, dtype)
     server = InProcess(path, fabric(shards), placement, dtype=dtype, config=config or RouterConfig())
-    server.engine.start()
     try:
         yield server
     finally:
         server.engine.stop()
         assert not server.engine.is_alive()
+
+
+def faulty(shards: Sequence[ExpertShard], *, faults: Sequence[Fault]) -> Fabric:
+    """A fabric for in_process."""
+    return FaultyFabric(LocalFabric(shards), faults)
 
 
 def greedy(name: str, prompt: Iterable[int], *, num_tokens: int) -> Request:

@@ -40,9 +40,9 @@ def _reference(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torc
 
 
 def _torch(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
-    from experts.backends.grouped import GroupedBackend
+    from experts.backends.sorted_pairs import SortedPairsBackend
 
-    return GroupedBackend(shape, num_slots, dtype, device)
+    return SortedPairsBackend(shape, num_slots, dtype, device)
 
 
 BACKENDS: dict[str, BackendFactory] = {"reference": _reference, "torch": _torch}

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from experts.fabric.faulty import Fault, FaultyFabric, Lost, Unreachable
-from experts.fabric.local import LocalFabric
-from experts.shard import ExpertShard
+from experts.fabric.faulty import Fault, Lost, Unreachable
 from router.config import KVCacheConfig, RouterConfig
 from router.request import Request
 from router.tokenizer import Tokenizer
-from tests.in_process import Joined, greedy, in_process
+from tests.in_process import Joined, faulty, greedy, in_process
 from tests.oracle import Continuation, Oracle, assert_same_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +140,3 @@ def test_what_is_asked_while_a_shard_is_away(prompts: list[list[int]], expected:
         server.at_loss = meanwhile
         answers = server.run(requests[:8])
     assert_all_same(answers, expected, num_tokens=12, cancelled=("2", "7"))
-
-
-def faulty(shards: Sequence[ExpertShard], *, faults: Sequence[Fault]) -> FaultyFabric:
-    return FaultyFabric(LocalFabric(shards), faults)

@@ -1,0 +1,135 @@
+"""Perplexity on held-out text: python -m tests.bench.perplexity [--bf16 DIR] [--output FILE]
+
+The text is cut into windows of 512 tokens. Each is scored alone, so its first token is context only; a shorter rest is
+left out. Perplexity is exp of the mean of -log p over all scored tokens of all windows, natural logarithm.
+
+Our engine scores the windows as requests that share its batches, over two expert shards; transformers' own model,
+with the same NVFP4 weights dequantised, scores them beside it in float32. The two float32 numbers must agree within
+0.1 %. --bf16 also scores the checkpoint that the NVFP4 one was made from: the gap is the price of quantising.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experts.tensor_files import TensorFiles
+from router.config import RouterConfig
+from router.request import Request, SamplingParams
+from router.tokenizer import Tokenizer
+from tests.bench import report
+from tests.in_process import in_process
+from tests.oracle import Oracle, load_model
+
+WINDOW = 512
+NUM_SHARDS = 2
+AGREEMENT = 1e-3
+"""Largest relative difference between our perplexity in float32 and transformers'."""
+
+DEMO = report.ROOT / "configs" / "demo-model"
+HELDOUT = report.ROOT / "tests" / "data" / "heldout.txt"
+
+
+def windows_of(path: Path, text: Path) -> list[list[int]]:
+    tokens = Tokenizer(path).encode(text.read_text(encoding="utf-8"))
+    return [tokens[start : start + WINDOW] for start in range(0, len(tokens) - WINDOW + 1, WINDOW)]
+
+
+def score_by_engine(path: Path, windows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    """float64 [windows, WINDOW - 1]: the log-probability of every token but the first. dtype: of trunk and wire."""
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True)
+    requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
+    config = RouterConfig(max_queue=len(windows))
+    with in_process(path, num_shards=NUM_SHARDS, dtype=dtype, config=config) as server:
+        answers = server.run(requests, deadline_s=3600)
+    scores = [[one.logprob for one in answers[request.id].prompt_logprobs] for request in requests]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def score_by_transformers(model: Any, windows: Iterable[Sequence[int]]) -> Tensor:
+    """As score_by_engine, one window at a time."""
+    scores = []
+    for window in windows:
+        token_1T = torch.tensor([window])
+        logprob_TV = model(token_1T, use_cache=False).logits[0, :-1].log_softmax(dim=-1)
+        scores.append(logprob_TV.gather(1, token_1T[0, 1:, None])[:, 0].double())
+    return torch.stack(scores)
+
+
+def perplexity(scores: Tensor) -> float:
+    return math.exp(-scores.mean().item())
+
+
+def measure(path: Path, windows: Sequence[Sequence[int]], bf16: Path | None) -> list[dict[str, Any]]:
+    """Of each model: perplexity, and how it differs from transformers' on the NVFP4 weights, which comes first."""
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "transformers, NVFP4 dequantised, float32": lambda: score_by_transformers(
+            Oracle(path).model, windows
+        ),
+        "engine, float32": lambda: score_by_engine(path, windows, torch.float32),
+        "engine, bfloat16": lambda: score_by_engine(path, windows, torch.bfloat16),
+    }
+    if bf16 is not None:
+        contenders["transformers, BF16 checkpoint, float32"] = lambda: score_by_transformers(
+            load_dense(bf16), windows
+        )
+    results: list[dict[str, Any]] = []
+    truth = torch.empty(0)
+    for name, score in contenders.items():
+        began = time.monotonic()
+        scores = score()
+        truth = scores if not results else truth
+        results.append(
+            {
+                "model": name,
+                "perplexity": round(perplexity(scores), 5),
+                "relative_to_first": round(perplexity(scores) / perplexity(truth) - 1, 6),
+                "largest_logprob_difference": round((scores - truth).abs().max().item(), 6),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
+        print_row(*results[-1].values())
+    return results
+
+
+def load_dense(path: Path) -> Any:
+    with TensorFiles(path) as files:
+        return load_model(path, {name: files.read(name) for name in files})
+
+
+def print_row(*cells: object) -> None:
+    print(f"{cells[0]:<42} {cells[1]:>10} {cells[2]:>10} {cells[3]:>15} {cells[4]:>8}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=DEMO, help="NVFP4 checkpoint")
+    parser.add_argument("--bf16", type=Path, metavar="DIR", help="the checkpoint that it was made from")
+    parser.add_argument("--windows", type=int, help="score only so many, evenly spread over the text")
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write the JSON line to tests/bench/results/FILE"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the demo model is too small for two
+    windows = windows_of(arguments.model, HELDOUT)
+    windows = windows[:: max(1, len(windows) // (arguments.windows or len(windows)))]
+    print_row("model", "perplexity", "relative", "max |dlogprob|", "seconds")
+    results = measure(arguments.model, windows, arguments.bf16)
+    config = {"windows": len(windows), "tokens_scored": len(windows) * (WINDOW - 1), "shards": NUM_SHARDS}
+    report.emit("perplexity", results, config=config, output=arguments.output)
+    difference = results[1]["relative_to_first"]
+    if abs(difference) > AGREEMENT:
+        sys.exit(f"the engine's perplexity differs from transformers' by {difference:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Backends against the reference, and shards against one that holds everything.
+
+T tokens, D hidden, K top-k, E logical experts, P physical slots.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from experts.nvfp4 import quantize
+from experts.placement import EMPTY, ExpertPlacement, even_placement
+from experts.shard import ExpertShard, slots_of
+from experts.weights import ExpertWeights, MoEShape
+
+CPU = torch.device("cpu")
+SHAPE = MoEShape(num_layers=2, moe_layers=(1,), num_experts=7, hidden=32, intermediate=48)
+LAYER = 1
+ONE_RANK = even_placement((LAYER,), num_layers=2, num_experts=7, num_ranks=1)
+
+
+@cache
+def weights(expert: int) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(expert)
+    gate, up, down = (
+        quantize(torch.randn(rows, cols, generator=generator) / cols**0.5)
+        for rows, cols in ((48, 32), (48, 32), (32, 48))
+    )
+    return ExpertWeights(gate, up, down, input_scale=None, down_input_scale=None)
+
+
+def make_shard(placement: ExpertPlacement, rank: int, backend: str, dtype: torch.dtype) -> ExpertShard:
+    shard = ExpertShard(
+        SHAPE,
+        rank=rank,
+        slots_per_rank=placement.slots_per_rank,
+        backend=backend,
+        dtype=dtype,
+        device=CPU,
+    )
+    for layer, slot, expert in slots_of(placement, rank):
+        shard.write_slot(layer, slot, weights(expert))
+    return shard
+
+
+@cache
+def whole(backend: str, dtype: torch.dtype) -> ExpertShard:
+    return make_shard(ONE_RANK, 0, backend, dtype)
+
+
+def forward(shard: ExpertShard, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Tensor:
+    """The output buffer is full of NaN before: every row must be written."""
+    out_TD = torch.full_like(x_TD, torch.nan)
+    shard.forward(LAYER, x_TD, phys_TK, w_TK, out_TD=out_TD)
+    return out_TD
+
+
+def assert_near(ours: Tensor, truth: Tensor) -> None:
+    """As near as ours' dtype allows."""
+    rtol, atol = (1e-4, 1e-4) if ours.dtype == torch.float32 else (2e-2, 5e-2)
+    torch.testing.assert_close(ours.float(), truth, rtol=rtol, atol=atol)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a gate sends. logical_TK: int32, EMPTY where there is no expert."""
+
+    x_TD: Tensor
+    logical_TK: Tensor
+    w_TK: Tensor
+
+
+def call(logical: list[list[int]], *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+    logical_TK = torch.tensor(logical, dtype=torch.int32)
+    x_TD = torch.randn(len(logical), SHAPE.hidden, generator=generator).to(dtype)
+    return Call(x_TD, logical_TK, torch.rand(logical_TK.shape, generator=generator))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    top_k = draw(st.integers(1, 4))
+    row = st.lists(st.integers(EMPTY, SHAPE.num_experts - 1), min_size=top_k, max_size=top_k)
+    return call(draw(st.lists(row, min_size=1, max_size=9)), seed=draw(st.integers(0, 99)))
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> ExpertPlacement:
+    """Each expert on any rank, in any slot: shares may be unequal, or empty."""
+    num_ranks = draw(st.integers(1, 5))
+    rank_of = draw(st.lists(st.integers(0, num_ranks - 1), min_size=7, max_size=7))
+    slots_per_rank = max(map(rank_of.count, range(num_ranks))) + draw(st.integers(0, 2))
+    row_P = [EMPTY] * (num_ranks * slots_per_rank)
+    for expert in draw(st.permutations(range(7))):
+        own = range(rank_of[expert] * slots_per_rank, (rank_of[expert] + 1) * slots_per_rank)
+        row_P[next(slot for slot in own if row_P[slot] == EMPTY)] = expert
+    slots_LP = torch.tensor([[EMPTY] * len(row_P), row_P], dtype=torch.int32)
+    return ExpertPlacement(slots_LP=slots_LP, slots_per_rank=slots_per_rank)
+
+
+SHAPES_OF_LOAD = [
+    pytest.param([[0, 3, 6]], id="one token"),
+    pytest.param([[5]], id="one token, one expert"),
+    pytest.param([[t % 7, (t + 3) % 7] for t in range(300)], id="many tokens"),
+    pytest.param([[4]] * 50, id="all on one expert"),
+    pytest.param([[2, 2, 2]] * 3, id="the same expert thrice"),
+    pytest.param([[EMPTY, EMPTY]] * 4, id="nothing here"),
+    pytest.param([[EMPTY, 1], [EMPTY, EMPTY], [6, EMPTY]], id="some here"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("logical", SHAPES_OF_LOAD)
+def test_torch_equals_the_reference(logical: list[list[int]], dtype: torch.dtype) -> None:
+    case = call(logical, dtype=dtype)
+    ours = forward(whole("torch", dtype), case.x_TD, case.logical_TK, case.w_TK)
+    truth = forward(whole("reference", torch.float32), case.x_TD.float(), case.logical_TK, case.w_TK)
+    assert_near(ours, truth)
+    absent_T = (case.logical_TK == EMPTY).all(dim=1)
+    assert (ours[absent_T] == 0).all()
+
+
+@settings(max_examples=30)
+@given(calls())
+def test_torch_equals_the_reference_whatever_is_routed(case: Call) -> None:
+    ours, truth = (
+        forward(whole(backend, torch.float32), case.x_TD, case.logical_TK, case.w_TK)
+        for backend in ("torch", "reference")
+    )
+    assert_near(ours, truth)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@settings(max_examples=30)
+@given(placement=splits(), case=calls())
+def test_any_split_of_the_experts_sums_to_the_whole(
+    backend: str, placement: ExpertPlacement, case: Call
+) -> None:
+    here_TK = case.logical_TK != EMPTY
+    phys_TK = placement.primary_LE[LAYER].take(case.logical_TK.clamp(min=0).long())
+    phys_TK.masked_fill_(~here_TK, EMPTY)
+    shards = [make_shard(placement, rank, backend, torch.float32) for rank in range(placement.num_ranks)]
+    partials = [forward(shard, case.x_TD, phys_TK, case.w_TK) for shard in shards]
+    unsplit = forward(whole(backend, torch.float32), case.x_TD, case.logical_TK, case.w_TK)
+    assert_near(torch.stack(partials).sum(0), unsplit)
+    assert sum(shard.num_pairs for shard in shards) == here_TK.sum()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_foreign_ids_never_reach_the_kernel(backend: str) -> None:
+    placement = even_placement((LAYER,), num_layers=2, num_experts=7, num_ranks=3)
+    shard = make_shard(placement, 1, backend, torch.float32)  # slots 3, 4, 5
+    foreign = [0, 2, 6, 9, 10**6, 2**31 - 1, -1, -2, -(2**31)]
+    case = call([[id_, 4] for id_ in foreign])
+    own = forward(shard, case.x_TD, case.logical_TK[:, 1:], case.w_TK[:, 1:].contiguous())
+    torch.testing.assert_close(forward(shard, case.x_TD, case.logical_TK, case.w_TK), own)
+
+
+def test_a_slot_may_be_written_again() -> None:
+    shard = make_shard(ONE_RANK, 0, "torch", torch.float32)
+    case = call([[0]])
+    shard.write_slot(LAYER, 0, weights(5))
+    moved = forward(shard, case.x_TD, case.logical_TK, case.w_TK)
+    torch.testing.assert_close(moved, forward(shard, case.x_TD, case.logical_TK + 5, case.w_TK))
+
+
+def test_no_tokens_are_no_work() -> None:
+    empty = torch.empty(0, SHAPE.hidden)
+    ids_TK = torch.empty(0, 2, dtype=torch.int32)
+    shard = make_shard(ONE_RANK, 0, "torch", torch.float32)
+    shard.forward(LAYER, empty, ids_TK, torch.empty(0, 2), out_TD=torch.empty_like(empty))
+    assert shard.num_pairs == 0
+
+
+def test_refuses_a_layer_without_experts() -> None:
+    case = call([[0]])
+    with pytest.raises(ValueError, match="shard 0: layer 0 has no routed experts"):
+        whole("torch", torch.float32).forward(
+            0, case.x_TD, case.logical_TK, case.w_TK, out_TD=torch.empty_like(case.x_TD)
+        )

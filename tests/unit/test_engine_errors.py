@@ -1,0 +1,140 @@
+"""What goes wrong for one request does not touch the others."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts.fabric import StepHeader, Ticket
+from experts.fabric.faulty import Lost
+from experts.fabric.local import LocalFabric
+from experts.shard import ExpertShard
+from router.config import KVCacheConfig, RouterConfig
+from router.engine import QueueFull
+from router.request import Request, SamplingParams
+from router.trunk import Trunk
+from tests.families import VOCAB_SIZE, write_nvfp4
+from tests.in_process import Joined, faulty, greedy, in_process
+
+NUM_TOKENS = 12
+PROMPTS = [[(7 * n + 5 * i) % VOCAB_SIZE for i in range(length)] for n, length in enumerate((3, 20, 9))]
+REQUESTS = [greedy(str(n), prompt, num_tokens=NUM_TOKENS) for n, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_nvfp4("qwen3_moe", tmp_path_factory.mktemp("model") / "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> dict[str, Joined]:
+    with in_process(model, num_shards=2) as server:
+        return server.run(REQUESTS)
+
+
+class PoisonFabric(LocalFabric):
+    """The experts' output of one row of one step is NaN, and with it what later layers write to the KV cache."""
+
+    def __init__(self, shards: Sequence[ExpertShard], *, step: int, row: int) -> None:
+        super().__init__(shards)
+        self._poison = (step, row)
+        self._step = -1
+
+    def begin(self, header: StepHeader) -> None:
+        self._step = header.step
+        super().begin(header)
+
+    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+        super().combine(ticket, out_TD)
+        step, row = self._poison
+        if self._step == step and ticket.layer == 0:
+            out_TD[row] = torch.nan
+
+
+def test_logits_that_are_not_finite_fail_one_request(model: Path, undisturbed: dict[str, Joined]) -> None:
+    """Of three that decode, the second. A fourth then gets its blocks, the only ones that are free."""
+    config = RouterConfig(kv_cache=KVCacheConfig(block_size=40, memory_gib=3.5 * 40 * 768 / 2**30))
+    again = greedy("again", PROMPTS[1], num_tokens=NUM_TOKENS)
+    fabric = partial(PoisonFabric, step=4, row=1)
+    with in_process(model, num_shards=2, config=config, fabric=fabric) as server:
+        server.engine.at_step[5] = partial(server.submit, again)
+        answers = server.run(REQUESTS, failing={"1"})
+    assert answers["1"].error == "the model computed logits that are not finite"
+    assert answers["1"].tokens == undisturbed["1"].tokens[:4]
+    for name, same_as in (("0", "0"), ("2", "2"), ("again", "1")):
+        assert answers[name].tokens == undisturbed[same_as].tokens
+
+
+def test_a_prompt_that_can_never_run_is_refused(model: Path) -> None:
+    with in_process(model, num_shards=2) as server:
+        for prompt, why in (
+            ((), "has 0 tokens; at least 1 and at most 511 fit"),
+            ((1,) * 512, "has 512 tokens"),
+            ((1, VOCAB_SIZE), "outside the vocabulary of 256"),
+            ((-1,), "outside the vocabulary"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                server.engine.submit(greedy("x", prompt, num_tokens=1))
+
+
+def test_one_more_than_the_queue_holds_is_refused(model: Path) -> None:
+    config = RouterConfig(max_requests=2, max_queue=1)
+    with in_process(model, num_shards=2, config=config) as server:
+        for request in REQUESTS:
+            server.submit(request)
+        with pytest.raises(QueueFull):
+            server.engine.submit(greedy("one more", [1], num_tokens=1))
+        answers = server.run([])
+        assert all(answer.finish == "length" for answer in answers.values())
+
+
+def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(
+    model: Path, undisturbed: dict[str, Joined], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Trunk.forward, iter(range(100))
+
+    def failing(*args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(Trunk, "forward", failing)
+    with in_process(model, num_shards=2) as server:
+        answers = server.run(REQUESTS[:2], failing={"0", "1"})
+        assert answers["0"].error == "step 3 failed: out of memory"
+        assert answers["0"].tokens == undisturbed["0"].tokens[:3]
+        assert server.run(REQUESTS[2:], failing={"0", "1"})["2"].tokens == undisturbed["2"].tokens
+
+
+def test_requests_fail_when_the_shards_stay_away(model: Path) -> None:
+    config = RouterConfig(stall_limit_s=0.05)
+    fabric = partial(faulty, faults=[Lost(rank=0, step=2, layer=0)])
+    with in_process(model, num_shards=2, config=config, fabric=fabric) as server:
+        server.engine._on_lost = lambda loss: None
+        answers = server.run(REQUESTS, failing={"0", "1", "2"})
+    assert "the expert shards have been away for" in str(answers["0"].error)
+
+
+def test_a_prompt_is_scored_once_although_it_was_preempted(model: Path) -> None:
+    """Its tokens are those of an undisturbed run, and so is every score."""
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=True)
+    requests = [Request(str(n), tuple(prompt), params) for n, prompt in enumerate(PROMPTS)]
+    with in_process(model, num_shards=2) as server:
+        roomy = server.run(requests)
+    config = RouterConfig(
+        max_batch_tokens=6, kv_cache=KVCacheConfig(block_size=4, memory_gib=15.5 * 4 * 768 / 2**30)
+    )
+    with in_process(model, num_shards=2, config=config) as server:
+        tight = server.run(requests)
+        assert server.engine.preempted
+    for name, prompt in enumerate(PROMPTS):
+        ours, theirs = tight[str(name)], roomy[str(name)]
+        assert ours.tokens == theirs.tokens
+        assert [one.token for one in ours.prompt_logprobs] == prompt[1:]
+        assert [one.logprob for one in ours.prompt_logprobs] == pytest.approx(
+            [one.logprob for one in theirs.prompt_logprobs], abs=1e-4
+        )
