@@ -11,8 +11,7 @@ from deploy.client import HandleClient
 from deploy.config import AppArgs
 from deploy.ingress import build_ingress
 from deploy.replica import RouterReplica
-from router.model_config import read_config, shape_of
-from router.tokenizer import Tokenizer
+from router.model_config import check_family, read_config, shape_of
 
 MANY = 100_000
 """Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
@@ -27,6 +26,8 @@ class IngressReplica:
         self._client.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from router.tokenizer import Tokenizer  # transformers, for which `build` need not wait
+
         model = self._args.model
         return build_ingress(
             client=self._client,
@@ -38,7 +39,7 @@ class IngressReplica:
 
 def build(args: AppArgs) -> Application:
     """Refuses, with a sentence, a model that cannot be served before any replica starts."""
-    read_config(args.model.path)
+    check_family(args.model.path)
     router: Any = serve.deployment(
         RouterReplica,
         name="Router",

@@ -21,14 +21,14 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.nodes import Node, choose_node
-from deploy.shard_actor import FleetSpec, ShardActor, ShardState, ShardStats
+from deploy.shard_actor import ShardActor
+from deploy.spec import NAMESPACE, FleetOverview, FleetSpec, ShardState, ShardStats, shard_prefix
 from experts.checkpoint import ExpertCheckpoint
 from experts.fabric import Membership, ShardAddress
-from experts.placement import ExpertPlacement, even_placement
+from experts.placement import ExpertPlacement, place_evenly
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "sparkmoe"
 POLL_S = 1.0
 RETRY_S = (0.0, 1.0, 5.0, 30.0)
 """Pauses before a rank is started again, by how often it failed in a row before it had loaded."""
@@ -44,16 +44,6 @@ class Shard:
     handle: Any  # ray's proxy of a ShardActor; its methods are not typed
     address: ShardAddress | None = None
     lost: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True)
-class FleetOverview:
-    """problems: by rank, a sentence why it has no shard. hopeless: one of them that a user must mend, "" if none."""
-
-    pid: int
-    shards: tuple[ShardStats, ...]
-    problems: dict[int, str]
-    hopeless: str
 
 
 class Fleet:
@@ -84,7 +74,7 @@ class Fleet:
         logger.info("fleet of %s: %d shards of %s", self._app, want.num_shards, want.checkpoint)
         await self._stop_keepers()
         with ExpertCheckpoint(Path(want.checkpoint)) as checkpoint:
-            placement = checkpoint_placement(checkpoint, num_ranks=want.num_shards)
+            placement = place_evenly(checkpoint.shape, num_ranks=want.num_shards)
         self._start_keepers(want, placement)
 
     async def next_membership(self, *, after: int, timeout_s: float) -> Membership | None:
@@ -182,7 +172,7 @@ class Fleet:
     async def _create(self, rank: int) -> Shard:
         assert self._spec is not None
         node = await self._wait_for_node(rank)
-        name = f"{self._app}-shard-{rank}-{secrets.token_hex(4)}"
+        name = f"{shard_prefix(self._app)}{rank}-{secrets.token_hex(4)}"
         resources = dict(self._spec.resources)
         handle = (
             ray.remote(ShardActor)
@@ -293,7 +283,7 @@ class Fleet:
             self._shards[state.rank] = shard
         logger.info("took over shards %s of epoch %d", sorted(self._shards), self._epoch)
         with ExpertCheckpoint(Path(newest.spec.checkpoint)) as checkpoint:
-            placement = checkpoint_placement(checkpoint, num_ranks=newest.spec.num_shards)
+            placement = place_evenly(checkpoint.shape, num_ranks=newest.spec.num_shards)
         self._start_keepers(newest.spec, placement)
 
     async def _live_shards(self) -> list[Shard]:
@@ -302,7 +292,7 @@ class Fleet:
         names = [one["name"] for one in found if one["namespace"] == NAMESPACE]
         shards = []
         for name in names:
-            if name.startswith(f"{self._app}-shard-"):
+            if name.startswith(shard_prefix(self._app)):
                 handle = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
                 shards.append(Shard(rank=-1, name=name, node="", handle=handle))
         return shards
@@ -318,14 +308,6 @@ class Fleet:
             await asyncio.sleep(POLL_S)
         logger.info("no router holds a lease of %s any more", self._app)
         await self.shutdown()
-
-
-def checkpoint_placement(checkpoint: ExpertCheckpoint, *, num_ranks: int) -> ExpertPlacement:
-    """The even placement of a checkpoint's experts."""
-    shape = checkpoint.shape
-    return even_placement(
-        shape.moe_layers, num_layers=shape.num_layers, num_experts=shape.num_experts, num_ranks=num_ranks
-    )
 
 
 async def _until_gone(shard: Shard) -> str:
@@ -350,21 +332,3 @@ async def _death(handle: Any) -> str:
 
 def _kill(shard: Shard) -> None:
     ray.kill(shard.handle, no_restart=True)
-
-
-def fleet_of(app: str) -> Any:
-    """The Fleet of an application, started if there is none."""
-    return (
-        ray.remote(Fleet)
-        .options(
-            name=f"{app}-fleet",
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=1000,
-            get_if_exists=True,
-            num_cpus=0,
-        )
-        .remote(app)
-    )

@@ -20,9 +20,9 @@ from ray.serve._private.api import serve_start
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.config import ServeFile
-from deploy.fleet import NAMESPACE
+from deploy.spec import NAMESPACE, fleet_name
 from experts.checkpoint import ExpertCheckpoint
-from router.model_config import read_config
+from router.model_config import check_family
 
 POLL_S = 0.5
 
@@ -53,7 +53,7 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
 def check(config: ServeFile) -> None:
     """What can be known before anything is started: the checkpoint and the port."""
     application = config.applications[0]
-    read_config(application.args.model.path)
+    check_family(application.args.model.path)
     with ExpertCheckpoint(application.args.model.path) as checkpoint:
         num_experts, num_shards = checkpoint.shape.num_experts, application.experts.shards
         if checkpoint.format == "dense":
@@ -133,7 +133,7 @@ def _application(config: ServeFile, raw: dict[str, Any]) -> Iterator[None]:
 def stop_fleet(app: str) -> None:
     """Stop an application's shards now instead of when their lease lapses."""
     with contextlib.suppress(ValueError, RayActorError):  # there is no Fleet; its death is the answer
-        fleet: Any = ray.get_actor(f"{app}-fleet", NAMESPACE)
+        fleet: Any = ray.get_actor(fleet_name(app), NAMESPACE)
         ray.get(fleet.shutdown.remote(), timeout=10)
 
 
@@ -143,7 +143,9 @@ def _wait_until_ready(config: ServeFile) -> None:
     while True:
         application = serve.status().applications.get(name)
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise LaunchError(f"the application did not start: {application.message}")
+            raise LaunchError(
+                f"the application did not start: {application.message.strip().splitlines()[-1]}"
+            )
         with contextlib.suppress(LaunchError):
             ready, reason, detail = readiness(config.url)
             if ready:

@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from deploy.shard_actor import ShardStats
-from router.engine import EngineStatus
+from deploy.spec import ShardStats
 from router.request import Request, RequestOutput
+
+if TYPE_CHECKING:
+    from router.engine import EngineStatus
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 
@@ -59,7 +62,7 @@ class RouterMetrics:
             self._finished.inc(tags={"reason": reason})
         self._latest.pop(request_id, None)
 
-    def snapshot(self, status: EngineStatus, shards: Sequence[ShardStats]) -> None:
+    def snapshot(self, status: "EngineStatus", shards: Sequence[ShardStats]) -> None:
         self._running.set(status.num_running)
         self._waiting.set(status.num_waiting)
         self._kv_usage.set(1 - status.num_free_blocks / status.num_blocks)

@@ -1,7 +1,7 @@
-"""What runs in the two Serve deployments: RouterReplica holds the engine, IngressReplica answers HTTP.
+"""RouterReplica: what runs in the Serve deployment `Router`. It holds the engine.
 
-They talk by Serve handle: a request goes in by `submit`, and one `attach` stream carries the outputs of all of an
-ingress's requests back, a batch per engine step: a stream per request would cost a Ray message for every token.
+An ingress hands a request in by `submit`, and one `attach` stream carries the outputs of all of its requests back, a
+batch per engine step: a stream per request would cost a Ray message for every token.
 """
 
 import asyncio
@@ -9,82 +9,65 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
-import torch
 from ray import serve
-from ray.exceptions import RayError
 
 from deploy.config import AppArgs, RouterUserConfig
-from deploy.fleet import FleetOverview, checkpoint_placement, fleet_of
+from deploy.fleet_link import FleetLink
 from deploy.metrics import RouterMetrics
-from deploy.shard_actor import FleetSpec
-from experts.backends import resolve_backend
-from experts.checkpoint import ExpertCheckpoint
+from deploy.spec import FleetSpec
 from experts.config import ExpertsConfig
-from experts.fabric import Fabric, PeerLost
-from experts.fabric.local import LocalFabric, local_membership
-from experts.fabric.tcp import TcpFabric
-from experts.shard import ExpertShard, load_shard
-from router.engine import Engine
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
-from router.tokenizer import Tokenizer, eos_token_ids
-from router.trunk import Trunk
+
+if TYPE_CHECKING:
+    from experts.fabric import Membership, PeerLost
+    from router.engine import Engine
 
 logger = logging.getLogger(__name__)
-
-POLL_S = 30.0
-"""Of the Fleet for a new membership, and so the longest that a dead Fleet goes unnoticed by it."""
-
-LAST_WILL_S = 15.0
-"""The lease that a router leaves when it is stopped in order: a redeployed one takes the shards over in time."""
 
 PROBE_S = 3.0
 """How long a readiness probe's decode step may take."""
 
-OVERVIEW_S = 1.5
 MEASURE_S = 5.0
+
+T = TypeVar("T")
 
 
 class RouterReplica:
     """One engine and its thread. Everything here runs in the replica's event loop, which never waits for a step."""
 
     def __init__(self, args: AppArgs) -> None:
-        self._app = serve.get_replica_context().app_name
+        """Light: the engine is built when `reconfigure` has said what the shards shall be, while they load."""
         self._args = args
-        self._name = f"router-{uuid.uuid4().hex[:8]}"
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: dict[str, asyncio.Queue[list[RequestOutput]]] = {}  # by ingress
         self._owner: dict[str, str] = {}  # ingress, by request
         self._probes: dict[str, asyncio.Future[RequestOutput]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._spec: FleetSpec | None = None
         self._metrics = RouterMetrics()
-
-        torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = _dtype(args.router.dtype, auto=torch.float32 if device.type == "cpu" else torch.bfloat16)
-        self._wire_dtype = _dtype(args.fabric.wire_dtype, auto=dtype)
-        self._trunk = Trunk(args.model.path, dtype=dtype, device=device)
         self._engine: Engine | None = None
+        self._members: Membership | None = None
+        self._measuring: asyncio.Task[None] | None = None
+        self._fleet: FleetLink | None = None
+        if args.fabric.kind != "local":
+            self._fleet = FleetLink(
+                serve.get_replica_context().app_name,
+                f"router-{uuid.uuid4().hex[:8]}",
+                lease_s=args.fleet.lease_s,
+                on_members=self._adopt,
+            )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls it once before the replica is healthy and again whenever `user_config` changes."""
         experts = RouterUserConfig.model_validate(user_config).experts
-        self._loop = asyncio.get_running_loop()
-        if self._args.fabric.kind == "local":
-            self._start_local(experts)
-            return
-        self._spec = self._fleet_spec(experts)
+        if self._fleet is not None:
+            await self._fleet.want(_fleet_spec(serve.get_replica_context().app_name, self._args, experts))
+        elif self._engine is not None:
+            raise ValueError("fabric.kind=local: experts cannot change while the router runs; deploy it anew")
         if self._engine is None:
-            self._start_engine(self._tcp_fabric())
-            work = (self._hold_fleet(), self._follow_epochs(), self._measure())
-            self._tasks = [asyncio.create_task(one) for one in work]
-        else:
-            await fleet_of(self._app).reconcile.remote(self._spec)
+            await self._start_engine(experts)
 
     # For ingresses
 
@@ -135,8 +118,8 @@ class RouterReplica:
             reason = await self._probe()
         detail: dict[str, Any] = {"router_pid": os.getpid(), **asdict(self._engine.status())}
         detail["metrics_port"] = _metrics_port()
-        if self._spec is not None:
-            overview = await self._overview()
+        if self._fleet is not None:
+            overview = await self._fleet.overview()
             if overview is None:
                 return {"ready": False, "reason": "the Fleet does not answer", "detail": detail}
             detail["fleet_pid"] = overview.pid
@@ -151,123 +134,52 @@ class RouterReplica:
             raise RuntimeError("the engine's thread has died; its log says why")
 
     async def __del__(self) -> None:  # Serve awaits it when it stops a replica in order
-        for task in self._tasks:
-            task.cancel()
-        if self._spec is not None:
-            await fleet_of(self._app).renew.remote(self._name, ttl_s=LAST_WILL_S)
+        if self._measuring is not None:
+            self._measuring.cancel()
+        if self._fleet is not None:
+            await self._fleet.leave()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
 
-    # Engine and shards
+    # The engine
 
-    def _start_engine(self, fabric: Fabric) -> None:
-        path = self._args.model.path
-        self._engine = Engine(
-            self._trunk,
-            fabric,
-            Tokenizer(path),
-            config=self._args.router,
-            eos=eos_token_ids(path),
-            on_outputs=lambda outputs: self._from_engine(self._deliver, outputs),
-            on_lost=lambda loss: self._from_engine(self._report, loss),
+    async def _start_engine(self, experts: ExpertsConfig) -> None:
+        from deploy.engine_room import (
+            build_engine,
+        )  # torch and transformers, which building the app needs not
+
+        loop = asyncio.get_running_loop()
+
+        def to_loop(call: Callable[[T], None]) -> Callable[[T], None]:
+            return lambda argument: loop.call_soon_threadsafe(call, argument) and None
+
+        engine = await asyncio.to_thread(
+            build_engine,
+            self._args,
+            local=experts if self._fleet is None else None,
+            on_outputs=to_loop(self._deliver),
+            on_lost=to_loop(self._report),
         )
-        self._engine.start()
+        engine.start()
+        self._engine = engine
+        if self._members is not None:
+            engine.adopt(self._members)
+        self._measuring = asyncio.create_task(self._measure())
 
-    def _start_local(self, experts: ExpertsConfig) -> None:
+    def _adopt(self, members: "Membership") -> None:
+        self._members = members
         if self._engine is not None:
-            raise ValueError("fabric.kind=local: experts cannot change while the router runs; deploy it anew")
-        with ExpertCheckpoint(self._args.model.path) as checkpoint:
-            placement = checkpoint_placement(checkpoint, num_ranks=experts.shards)
-            shards = [
-                load_shard(
-                    checkpoint,
-                    placement,
-                    rank=rank,
-                    backend=resolve_backend(experts.backend),
-                    dtype=self._wire_dtype,
-                    device=self._trunk.device,
-                )
-                for rank in range(experts.shards)
-            ]
-        self._local_shards: list[ExpertShard] = shards
-        self._start_engine(LocalFabric(shards))
-        assert self._engine is not None
-        self._engine.adopt(local_membership(placement))
-        self._tasks = [asyncio.create_task(self._measure())]
-
-    def _tcp_fabric(self) -> TcpFabric:
-        return TcpFabric(
-            hidden=self._trunk.shape.hidden,
-            wire_dtype=self._wire_dtype,
-            slow_after_s=self._args.fabric.slow_after_s,
-            dead_after_s=self._args.fabric.dead_after_s,
-        )
-
-    def _fleet_spec(self, experts: ExpertsConfig) -> FleetSpec:
-        fleet = self._args.fleet
-        return FleetSpec(
-            app=self._app,
-            checkpoint=str(self._args.model.path),
-            num_shards=experts.shards,
-            backend=experts.backend,
-            dtype=self._wire_dtype,
-            threads=experts.threads,
-            strategy=experts.strategy,
-            resources=tuple(sorted(fleet.shard_resources.items())),
-            lease_s=fleet.lease_s,
-            start_timeout_s=fleet.start_timeout_s,
-        )
-
-    async def _overview(self) -> FleetOverview | None:
-        """None if the Fleet is being restarted."""
-        try:
-            return await asyncio.wait_for(fleet_of(self._app).overview.remote(), OVERVIEW_S)
-        except (RayError, TimeoutError):
-            return None
+            self._engine.adopt(members)
 
     async def _measure(self) -> None:
         """Gauges for Prometheus, as often as Ray exports them."""
+        assert self._engine is not None
         while True:
             await asyncio.sleep(MEASURE_S)
-            overview = await self._overview() if self._spec is not None else None
-            assert self._engine is not None
+            overview = await self._fleet.overview() if self._fleet else None
             self._metrics.snapshot(self._engine.status(), overview.shards if overview else ())
 
-    async def _hold_fleet(self) -> None:
-        """Renew our lease for as long as we live; tell a Fleet that does not know us what we want."""
-        lease_s = self._args.fleet.lease_s
-        while True:
-            try:
-                fleet = fleet_of(self._app)
-                if not await asyncio.wait_for(fleet.renew.remote(self._name, ttl_s=lease_s), POLL_S):
-                    await fleet.reconcile.remote(self._spec)
-            except Exception:
-                logger.exception("the Fleet did not take our lease; trying again")
-                await asyncio.sleep(1.0)
-                continue
-            await asyncio.sleep(lease_s / 4)
-
-    async def _follow_epochs(self) -> None:
-        """Hand every new membership to the engine."""
-        epoch = 0
-        while True:
-            try:
-                call = fleet_of(self._app).next_membership.remote(after=epoch, timeout_s=POLL_S)
-                members = await asyncio.wait_for(call, 2 * POLL_S)
-            except Exception:
-                logger.exception("the Fleet did not say who its shards are; asking again")
-                await asyncio.sleep(1.0)
-                continue
-            if members is not None:
-                epoch = members.epoch
-                assert self._engine is not None
-                self._engine.adopt(members)
-
-    # From the engine's thread to the loop
-
-    def _from_engine(self, call: Any, argument: Any) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(call, argument)
+    # What the engine's thread hands to the loop
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         self._metrics.delivered(outputs)
@@ -284,8 +196,9 @@ class RouterReplica:
             if owner in self._outbox:
                 self._outbox[owner].put_nowait(batch)
 
-    def _report(self, loss: PeerLost) -> None:
-        fleet_of(self._app).report_lost.remote(self._name, loss.epoch, loss.ranks)
+    def _report(self, loss: "PeerLost") -> None:
+        if self._fleet is not None:
+            self._fleet.report_lost(loss)
 
     def _cancel(self, request_id: str) -> None:
         assert self._engine is not None
@@ -311,8 +224,22 @@ class RouterReplica:
         return output.error or ""
 
 
-def _dtype(name: str, *, auto: torch.dtype) -> torch.dtype:
-    return auto if name == "auto" else getattr(torch, name)
+def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:
+    from deploy.engine_room import dtypes
+
+    _, wire_dtype = dtypes(args)
+    return FleetSpec(
+        app=app,
+        checkpoint=str(args.model.path),
+        num_shards=experts.shards,
+        backend=experts.backend,
+        dtype=str(wire_dtype).removeprefix("torch."),
+        threads=experts.threads,
+        strategy=experts.strategy,
+        resources=tuple(sorted(args.fleet.shard_resources.items())),
+        lease_s=args.fleet.lease_s,
+        start_timeout_s=args.fleet.start_timeout_s,
+    )
 
 
 def _metrics_port() -> int:

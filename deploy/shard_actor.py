@@ -4,60 +4,18 @@ import os
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 import torch
 
-from deploy.nodes import Strategy
+from deploy.spec import FleetSpec, ShardState, ShardStats
 from experts.backends import resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.fabric import ShardAddress
 from experts.fabric.link import ShardListener
-from experts.placement import even_placement
+from experts.placement import place_evenly
 from experts.shard import load_shard
-
-
-@dataclass(frozen=True)
-class FleetSpec:
-    """What a router wants of its fleet. Everything that makes one shard differ from another, but the rank.
-
-    resources: what Ray reserves for a shard. lease_s: how long shards outlive the last word of their Fleet.
-    """
-
-    app: str
-    checkpoint: str
-    num_shards: int
-    backend: str
-    dtype: torch.dtype
-    threads: int | None
-    strategy: Strategy
-    resources: tuple[tuple[str, float], ...]
-    lease_s: float
-    start_timeout_s: float
-
-
-@dataclass(frozen=True)
-class ShardState:
-    """What a restarted Fleet learns from a live shard. address: None while it loads."""
-
-    rank: int
-    spec: FleetSpec
-    address: ShardAddress | None
-    epoch: int
-    node: str
-
-
-@dataclass(frozen=True)
-class ShardStats:
-    """For people and metrics. num_pairs: (token, expert) pairs computed since the start."""
-
-    rank: int
-    pid: int
-    node: str
-    num_pairs: int
-    resident_mib: float = field(default=0.0)
 
 
 class ShardActor:
@@ -79,19 +37,13 @@ class ShardActor:
         spec = self._spec
         torch.set_num_threads(spec.threads or os.cpu_count() or 1)
         with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
-            shape = checkpoint.shape
-            placement = even_placement(
-                shape.moe_layers,
-                num_layers=shape.num_layers,
-                num_experts=shape.num_experts,
-                num_ranks=spec.num_shards,
-            )
+            placement = place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
             self._shard = load_shard(
                 checkpoint,
                 placement,
                 rank=self._rank,
                 backend=resolve_backend(spec.backend),
-                dtype=spec.dtype,
+                dtype=getattr(torch, spec.dtype),
                 device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             )
         host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)

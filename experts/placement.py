@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from experts.weights import MoEShape
+
 EMPTY = -1
 
 
@@ -56,6 +58,13 @@ class ExpertPlacement:
             and self.slots_per_rank == other.slots_per_rank
             and torch.equal(self.slots_LP, other.slots_LP)
         )
+
+
+def place_evenly(shape: MoEShape, *, num_ranks: int) -> ExpertPlacement:
+    """A checkpoint's experts in contiguous shares."""
+    return even_placement(
+        shape.moe_layers, num_layers=shape.num_layers, num_experts=shape.num_experts, num_ranks=num_ranks
+    )
 
 
 def even_placement(

@@ -3,8 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FAMILIES = ("qwen3_moe", "minimax_m2", "glm4_moe", "mixtral", "ernie4_5_moe", "hy_v3")
 """Model types that are tested against transformers' own `generate`."""
@@ -22,18 +24,26 @@ class TrunkShape:
     max_model_len: int
 
 
-def read_config(path: Path) -> PreTrainedConfig:
-    """The model's config, checked: ValueError says what is not supported."""
-    if not (path / "config.json").is_file():
+def check_family(path: Path) -> None:
+    """ValueError for a directory that is no checkpoint, or one of a model type that we do not serve. Reads JSON only."""
+    file = path / "config.json"
+    if not file.is_file():
         raise ValueError(f"{path}: no config.json, so this is not a checkpoint directory")
     try:
-        model_type = json.loads((path / "config.json").read_text()).get("model_type")
+        model_type = json.loads(file.read_text()).get("model_type")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path / 'config.json'}: not valid JSON: {error}") from error
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
     if model_type not in FAMILIES:
         raise ValueError(
             f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
+
+
+def read_config(path: Path) -> "PreTrainedConfig":
+    """The model's config, checked: ValueError says what is not supported."""
+    from transformers import AutoConfig  # seconds, which a check of the family need not wait for
+
+    check_family(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.hidden_act != "silu":
         raise ValueError(
@@ -53,7 +63,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def shape_of(config: PreTrainedConfig) -> TrunkShape:
+def shape_of(config: "PreTrainedConfig") -> TrunkShape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return TrunkShape(
         num_layers=config.num_hidden_layers,

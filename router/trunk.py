@@ -68,6 +68,7 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
         dtype=dtype,
         attn_implementation=ATTENTION,
         experts_implementation=_EXPERTS,
+        ignore_mismatched_sizes=True,  # so that it reports them, and we refuse them with a sentence
         output_loading_info=True,
     )
     for kind in ("missing_keys", "mismatched_keys"):

@@ -1,5 +1,12 @@
 """For all tests."""
 
+import os
+import secrets
+
+# Ray reads these when it is imported: the clusters of tests have a token of their own.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
 import pytest
 import torch
 from hypothesis import settings

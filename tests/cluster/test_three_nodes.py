@@ -15,8 +15,8 @@ from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 
 from deploy.config import load
-from deploy.fleet import NAMESPACE
 from deploy.launch import readiness
+from deploy.spec import NAMESPACE
 from tests.cluster.server import DEMO, ROOT, eventually, free_port, is_ready
 
 pytestmark = pytest.mark.cluster

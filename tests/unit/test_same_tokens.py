@@ -71,7 +71,7 @@ def test_any_number_of_shards(
     assert_all_same(answers, expected, num_tokens=num_tokens)
 
 
-@pytest.mark.parametrize(("max_batch_tokens", "block_size"), [(7, 16), (64, 5), (100, 1)])
+@pytest.mark.parametrize(("max_batch_tokens", "block_size"), [(19, 16), (64, 5), (100, 1)])
 def test_prompts_in_parts(
     max_batch_tokens: int, block_size: int, prompts: list[list[int]], expected: list[Continuation]
 ) -> None:
@@ -86,9 +86,9 @@ def test_preemption(max_batch_tokens: int, prompts: list[list[int]], expected: l
     short, expected = prompts[:9], expected[:9]
     config = RouterConfig(max_batch_tokens=max_batch_tokens, kv_cache=pool(24, block_size=8))
     with in_process(DEMO, num_shards=2, config=config) as server:
-        answers = server.run(requests_of(short, num_tokens=40))
+        answers = server.run(requests_of(short, num_tokens=24))
         assert server.engine.preempted
-    assert_all_same(answers, expected, num_tokens=40)
+    assert_all_same(answers, expected, num_tokens=24)
 
 
 def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Continuation]) -> None:

@@ -1,0 +1,73 @@
+"""What routers, the Fleet and its shards tell each other about themselves. Light: imports neither torch nor Ray."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deploy.nodes import Strategy
+
+if TYPE_CHECKING:
+    from experts.fabric import ShardAddress
+
+NAMESPACE = "sparkmoe"
+"""Of our named actors."""
+
+
+@dataclass(frozen=True)
+class FleetSpec:
+    """What a router wants of its fleet: everything that shards have in common.
+
+    dtype: of hidden states on the wire and of the kernel, by torch's name. resources: what Ray reserves for a shard.
+    lease_s: how long shards outlive the last word of their Fleet.
+    """
+
+    app: str
+    checkpoint: str
+    num_shards: int
+    backend: str
+    dtype: str
+    threads: int | None
+    strategy: Strategy
+    resources: tuple[tuple[str, float], ...]
+    lease_s: float
+    start_timeout_s: float
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """What a restarted Fleet learns from a live shard. address: None while it loads."""
+
+    rank: int
+    spec: FleetSpec
+    address: "ShardAddress | None"
+    epoch: int
+    node: str
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """For people and metrics. num_pairs: (token, expert) pairs computed since the start."""
+
+    rank: int
+    pid: int
+    node: str
+    num_pairs: int
+    resident_mib: float
+
+
+@dataclass(frozen=True)
+class FleetOverview:
+    """problems: by rank, a sentence why it has no shard. hopeless: one of them that a user must mend, "" if none."""
+
+    pid: int
+    shards: tuple[ShardStats, ...]
+    problems: dict[int, str]
+    hopeless: str
+
+
+def fleet_name(app: str) -> str:
+    return f"{app}-fleet"
+
+
+def shard_prefix(app: str) -> str:
+    """Every shard's name begins with it."""
+    return f"{app}-shard-"
