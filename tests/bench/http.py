@@ -36,7 +36,7 @@ STREAMS = (1, 4, 16, 64)
 NUM_TOKENS = 128
 NUM_TURNS = 2
 REPEATS = 2
-PROMPT = "import os\n\n\nclass Config{}:\n    def __init__(self, path, name, values):\n"
+PROMPT = "def read_file_{}(path):\n"
 
 
 def main() -> None:
@@ -137,7 +137,12 @@ def _transformers(path: Path, *, threads: int) -> Iterator[str]:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        eventually(lambda: _answers(f"{url}/health"), what="transformers serves", timeout_s=120)
+        eventually(
+            lambda: process.poll() is not None or _answers(f"{url}/health"),
+            what="transformers serves",
+            timeout_s=120,
+        )
+        assert process.poll() is None, f"transformers serve ended with {process.returncode}"
         yield url
     finally:
         process.terminate()

@@ -87,7 +87,7 @@ def serving(
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(STOP_S)
+            assert process.wait(STOP_S) == 0, "it must stop in order"
         except subprocess.TimeoutExpired:
             process.kill()
             raise

@@ -1,0 +1,172 @@
+"""What the wire costs: tokens per second of one process that holds all experts beside a router and two shard processes.
+
+    python -m tests.bench.wire [--output FILE]
+
+16 greedy streams of 128 tokens of the demo model in float32, through the engine, without Ray and HTTP. Both sides may
+keep two cores busy: the one process computes with 1 and with 2 torch threads, and its better rate counts; the router
+and each shard compute with 1, and the router waits while the shards compute. Rounds of both sides alternate.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from experts.checkpoint import ExpertCheckpoint
+from experts.fabric import Fabric, Membership, ShardAddress
+from experts.fabric.link import ShardListener
+from experts.fabric.local import LocalFabric, local_membership
+from experts.fabric.tcp import TcpFabric
+from experts.placement import ExpertPlacement, place_evenly
+from experts.shard import ExpertShard, load_shard
+from router.config import RouterConfig
+from router.engine import Engine
+from router.request import Request, RequestOutput, SamplingParams
+from router.tokenizer import Tokenizer, eos_token_ids
+from router.trunk import Trunk
+from tests.bench.report import emit
+
+MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
+NUM_SHARDS = 2
+NUM_STREAMS = 16
+NUM_TOKENS = 128
+NUM_ROUNDS = 7
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    rates: dict[str, list[float]] = {
+        "one process, 1 thread": [],
+        "one process, 2 threads": [],
+        "router + 2 shards": [],
+    }
+    with _local() as local, _remote() as remote:
+        for round_ in range(NUM_ROUNDS + 1):
+            for name, engine, threads in (
+                ("one process, 1 thread", local, 1),
+                ("one process, 2 threads", local, 2),
+                ("router + 2 shards", remote, 1),
+            ):
+                rate = engine.rate(threads)
+                if round_:  # the first warms up
+                    rates[name].append(rate)
+    best = max(statistics.median(rates[name]) for name in rates if name.startswith("one"))
+    ratio = statistics.median(rates["router + 2 shards"]) / best
+    print("| side | tokens/s: median (lowest to highest) |\n|---|---|")
+    for name, values in rates.items():
+        print(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) |")
+    print(f"\nwith the wire / without: {ratio:.2f}")
+    results = [
+        {"side": name, "tokens_per_s": [round(value) for value in values]} for name, values in rates.items()
+    ]
+    results.append({"ratio": round(ratio, 3)})
+    emit("wire", results, config={"streams": NUM_STREAMS, "tokens": NUM_TOKENS}, output=options.output)
+
+
+class _Engine:
+    """An engine that can be timed again and again."""
+
+    def __init__(self, fabric: Fabric, members: Membership) -> None:
+        self._tokenizer = Tokenizer(MODEL)
+        self._left = threading.Semaphore(0)
+        self._round = 0
+        self._threads = 1
+        self._engine = Engine(
+            Trunk(MODEL, dtype=torch.float32, device=CPU),
+            fabric,
+            self._tokenizer,
+            config=RouterConfig(),
+            eos=eos_token_ids(MODEL),
+            on_outputs=self._count,
+            on_lost=lambda loss: None,
+        )
+        self._engine.adopt(members)
+        self._engine.start()
+
+    def rate(self, threads: int) -> float:
+        self._threads = threads
+        self._round += 1
+        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+        began = time.perf_counter()
+        for i in range(NUM_STREAMS):
+            prompt = self._tokenizer.encode(f"def read_file_{i}(path):\n")
+            self._engine.submit(Request(f"{self._round}-{i}", tuple(prompt), params))
+        for _ in range(NUM_STREAMS):
+            assert self._left.acquire(timeout=300)
+        return NUM_STREAMS * NUM_TOKENS / (time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._engine.stop()
+
+    def _count(self, outputs: list[RequestOutput]) -> None:
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)  # of the engine's thread, which is the one that calls us
+        for output in outputs:
+            if output.finish:
+                self._left.release()
+
+
+@contextlib.contextmanager
+def _local() -> Iterator[_Engine]:
+    placement = _placement(1)
+    engine = _Engine(LocalFabric([_load(placement, 0)]), local_membership(placement))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def _remote() -> Iterator[_Engine]:
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe() for _ in range(NUM_SHARDS)]
+    processes = [
+        spawn.Process(target=_serve, args=(rank, theirs), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    addresses: list[ShardAddress] = [ours.recv() for ours, _ in pipes]
+    members = Membership(epoch=1, shards=tuple(addresses), placement=_placement(NUM_SHARDS))
+    fabric = TcpFabric(hidden=256, wire_dtype=torch.float32, slow_after_s=5, dead_after_s=30)
+    engine = _Engine(fabric, members)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        for process in processes:
+            process.terminate()
+            process.join(10)
+
+
+def _serve(rank: int, parent: Connection) -> None:
+    torch.set_num_threads(1)
+    listener = ShardListener(
+        _load(_placement(NUM_SHARDS), rank), host="127.0.0.1", name=f"{rank}", token=b"bench"
+    )
+    parent.send(listener.address)
+    threading.Event().wait()
+
+
+def _placement(num_ranks: int) -> ExpertPlacement:
+    with ExpertCheckpoint(MODEL) as checkpoint:
+        return place_evenly(checkpoint.shape, num_ranks=num_ranks)
+
+
+def _load(placement: ExpertPlacement, rank: int) -> ExpertShard:
+    with ExpertCheckpoint(MODEL) as checkpoint:
+        return load_shard(checkpoint, placement, rank=rank, backend="torch", dtype=torch.float32, device=CPU)
+
+
+if __name__ == "__main__":
+    main()
