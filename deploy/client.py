@@ -10,6 +10,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from deploy.engine_client import Readiness, RouterLost
+from deploy.spec import Refusal
 from router.request import QueueFull, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class HandleClient:
     def __init__(self, router: DeploymentHandle) -> None:
         self._router = router
         self._stream = router.options(stream=True)
-        self._name = f"ingress-{uuid.uuid4().hex[:8]}"
+        self._name = ""
         self._inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = {}
         self._lost = RouterLost("the router has not started yet")
         self._attached = False
@@ -61,15 +62,20 @@ class HandleClient:
 
     async def _submit(self, request: Request) -> None:
         try:
-            refusal: tuple[str, float] | None = await self._router.submit.remote(self._name, request)
+            refusal: Refusal | None = await self._router.submit.remote(self._name, request)
         except RayActorError as error:
             raise RouterLost("the router died") from error
-        if refusal is not None:
-            why, retry_after_s = refusal
-            raise QueueFull(retry_after_s) if retry_after_s else ValueError(why)
+        if refusal is None:
+            return
+        if refusal.kind == "full":
+            raise QueueFull(refusal.retry_after_s)
+        raise RouterLost(refusal.why) if refusal.kind == "lost" else ValueError(refusal.why)
 
     async def _listen(self) -> None:
         while True:
+            self._name = (
+                f"ingress-{uuid.uuid4().hex[:8]}"  # a router cancels what it held for the stream before
+            )
             try:
                 batches: Any = self._stream.attach.remote(self._name)
                 async for batch in batches:

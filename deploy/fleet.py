@@ -60,6 +60,7 @@ class Fleet:
         self._epoch = 0
         self._members: Membership | None = None
         self._published = asyncio.Condition()
+        self._one_change = asyncio.Lock()
         self._leases: dict[str, float] = {}
         self._recovered: asyncio.Task[None] | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -69,13 +70,17 @@ class Fleet:
     async def reconcile(self, want: FleetSpec) -> None:
         """Make the fleet as `want` says. A changed spec replaces every shard; requests wait for the new ones."""
         await self._recover()
-        if want == self._spec:
-            return
-        logger.info("fleet of %s: %d shards of %s", self._app, want.num_shards, want.checkpoint)
-        await self._stop_keepers()
-        with ExpertCheckpoint(Path(want.checkpoint)) as checkpoint:
-            placement = place_evenly(checkpoint.shape, num_ranks=want.num_shards)
-        self._start_keepers(want, placement)
+        async with self._one_change:
+            if want == self._spec:
+                return
+            try:
+                placement = _placement(want)
+            except ValueError as error:  # what runs stays as it is
+                self._hopeless = str(error)
+                raise
+            logger.info("fleet of %s: %d shards of %s", self._app, want.num_shards, want.checkpoint)
+            await self._stop_keepers()
+            self._start_keepers(want, placement)
 
     async def next_membership(self, *, after: int, timeout_s: float) -> Membership | None:
         """Long poll: the newest membership once its epoch is above `after`; None when the time is up."""
@@ -146,6 +151,8 @@ class Fleet:
         for shard in self._shards.values():
             _kill(shard)
         self._shards.clear()
+        self._problems.clear()
+        self._hopeless = ""
 
     async def _keep(self, rank: int) -> None:
         """Forever: a shard of this rank lives, or is being started."""
@@ -173,7 +180,7 @@ class Fleet:
         assert self._spec is not None
         node = await self._wait_for_node(rank)
         name = f"{shard_prefix(self._app)}{rank}-{secrets.token_hex(4)}"
-        resources = dict(self._spec.resources)
+        resources = self._resources()
         handle = (
             ray.remote(ShardActor)
             .options(
@@ -204,17 +211,22 @@ class Fleet:
         while True:
             node = choose_node(
                 self._nodes(),
-                resources=dict(self._spec.resources),
+                resources=self._resources(),
                 strategy=self._spec.strategy,
                 num_shards=self._spec.num_shards,
             )
             if node is not None:
                 return node
             self._problems[rank] = (
-                f"shard {rank} waits for a node: none has {dict(self._spec.resources) or 'room'} free "
+                f"shard {rank} waits for a node: none has {self._resources() or 'room'} free "
                 f"under experts.strategy={self._spec.strategy}"
             )
             await asyncio.sleep(POLL_S)
+
+    def _resources(self) -> dict[str, float]:
+        """What Ray reserves for a shard: as the config says, else a GPU if the cluster has any."""
+        assert self._spec is not None
+        return dict(self._spec.resources) or ({"GPU": 1.0} if ray.cluster_resources().get("GPU") else {})
 
     def _nodes(self) -> list[Node]:
         available = available_resources_per_node()  # no public call tells it per node
@@ -282,9 +294,7 @@ class Fleet:
             shard.rank, shard.node, shard.address = state.rank, state.node, state.address
             self._shards[state.rank] = shard
         logger.info("took over shards %s of epoch %d", sorted(self._shards), self._epoch)
-        with ExpertCheckpoint(Path(newest.spec.checkpoint)) as checkpoint:
-            placement = place_evenly(checkpoint.shape, num_ranks=newest.spec.num_shards)
-        self._start_keepers(newest.spec, placement)
+        self._start_keepers(newest.spec, _placement(newest.spec))
 
     async def _live_shards(self) -> list[Shard]:
         """Every shard actor of this application, whoever started it."""
@@ -308,6 +318,11 @@ class Fleet:
             await asyncio.sleep(POLL_S)
         logger.info("no router holds a lease of %s any more", self._app)
         await self.shutdown()
+
+
+def _placement(spec: FleetSpec) -> ExpertPlacement:
+    with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
+        return place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
 
 
 async def _until_gone(shard: Shard) -> str:

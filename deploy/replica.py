@@ -19,7 +19,7 @@ from ray import serve
 from deploy.config import AppArgs, RouterUserConfig
 from deploy.fleet_link import FleetLink
 from deploy.metrics import RouterMetrics
-from deploy.spec import FleetSpec
+from deploy.spec import FleetSpec, Refusal
 from experts.config import ExpertsConfig
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
@@ -89,17 +89,17 @@ class RouterReplica:
             for request_id in [r for r, owner in self._owner.items() if owner == ingress]:
                 self._cancel(request_id)
 
-    async def submit(self, ingress: str, request: Request) -> tuple[str, float] | None:
-        """None if the request is queued; else why not, and after how many seconds to try again (0: never)."""
+    async def submit(self, ingress: str, request: Request) -> Refusal | None:
+        """None if the request is queued."""
         assert self._engine is not None
-        if ingress not in self._outbox:
-            return "the stream of outputs is not attached", 1.0
+        if ingress not in self._outbox:  # it attached to a router before this one
+            return Refusal("lost", "the router was replaced")
         try:
             self._engine.submit(request)
         except QueueFull as error:
-            return "the queue is full", error.retry_after_s
+            return Refusal("full", "the queue is full", retry_after_s=error.retry_after_s)
         except ValueError as error:
-            return str(error), 0.0
+            return Refusal("invalid", str(error))
         self._owner[request.id] = ingress
         self._metrics.submitted(request)
         return None
@@ -125,7 +125,12 @@ class RouterReplica:
             detail["fleet_pid"] = overview.pid
             detail["hopeless"] = overview.hopeless
             detail["shards"] = [asdict(shard) for shard in overview.shards]
-            reason = "; ".join([*([reason] if reason else []), *overview.problems.values()])
+            reasons = [
+                reason,
+                *overview.problems.values(),
+                *([] if overview.problems else [overview.hopeless]),
+            ]
+            reason = "; ".join(filter(None, reasons))
         return {"ready": not reason, "reason": reason, "detail": detail}
 
     def check_health(self) -> None:
@@ -144,9 +149,8 @@ class RouterReplica:
     # The engine
 
     async def _start_engine(self, experts: ExpertsConfig) -> None:
-        from deploy.engine_room import (
-            build_engine,
-        )  # torch and transformers, which building the app needs not
+        # Here, because torch and transformers take seconds that building the application need not wait.
+        from deploy.engine_room import build_engine
 
         loop = asyncio.get_running_loop()
 

@@ -1,7 +1,7 @@
 """What routers, the Fleet and its shards tell each other about themselves. Light: imports neither torch nor Ray."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deploy.nodes import Strategy
 
@@ -62,6 +62,15 @@ class FleetOverview:
     shards: tuple[ShardStats, ...]
     problems: dict[int, str]
     hopeless: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a router did not take a request: its queue is full, the request can never run, or it came to the wrong router."""
+
+    kind: Literal["full", "invalid", "lost"]
+    why: str
+    retry_after_s: float = 0.0
 
 
 def fleet_name(app: str) -> str:
