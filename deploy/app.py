@@ -17,6 +17,10 @@ MANY = 100_000
 """Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
 
 
+GRACE_S = 2.0
+"""For a replica that is stopped. The stream from router to ingress never ends by itself, so Serve always waits this long."""
+
+
 class IngressReplica:
     """Answers HTTP. Serve calls `__serve_build_asgi_app__` after the constructor, in the replica's event loop."""
 
@@ -45,7 +49,8 @@ def build(args: AppArgs) -> Application:
         name="Router",
         max_ongoing_requests=MANY,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0},
     )
     ingress: Any = serve.deployment(
@@ -53,7 +58,8 @@ def build(args: AppArgs) -> Application:
         name="Ingress",
         max_ongoing_requests=MANY,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(router.bind(args), args)

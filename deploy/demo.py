@@ -11,8 +11,6 @@ from typing import Any
 
 from openai import OpenAI
 
-from deploy.launch import readiness
-
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 60
 
@@ -64,6 +62,8 @@ def _print_stream(chunks: Iterable[Any], text_of: Any) -> int:
 
 
 def _print_shards(url: str) -> None:
+    from deploy.launch import readiness  # torch, for which the server's start need not wait
+
     _, _, detail = readiness(url)
     print(f"\n--- router: pid {detail['router_pid']}, {detail['num_steps']} steps")
     for shard in detail["shards"]:
