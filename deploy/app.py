@@ -44,22 +44,19 @@ class IngressReplica:
 def build(args: AppArgs) -> Application:
     """Refuses, with a sentence, a model that cannot be served before any replica starts."""
     check_family(args.model.path)
-    router: Any = serve.deployment(
-        RouterReplica,
-        name="Router",
-        max_ongoing_requests=MANY,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=GRACE_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0},
-    )
-    ingress: Any = serve.deployment(
-        serve.ingress()(IngressReplica),
-        name="Ingress",
-        max_ongoing_requests=MANY,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=GRACE_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0},
-    )
+    ingress_class: Any = serve.ingress()(IngressReplica)
+    router = _deployment(RouterReplica, name="Router")
+    ingress = _deployment(ingress_class, name="Ingress")
     return ingress.bind(router.bind(args), args)
+
+
+def _deployment(replica: type, *, name: str) -> Any:
+    return serve.deployment(
+        replica,
+        name=name,
+        max_ongoing_requests=MANY,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0},
+    )

@@ -14,7 +14,7 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.fabric import Fabric, PeerLost
 from experts.fabric.faulty import Fault, FaultyFabric
 from experts.fabric.local import LocalFabric, local_membership
-from experts.placement import ExpertPlacement, even_placement
+from experts.placement import ExpertPlacement, place_evenly
 from experts.shard import ExpertShard, load_shard
 from router.config import RouterConfig
 from router.engine import Engine
@@ -177,10 +177,7 @@ def trunk_of(path: Path, dtype: torch.dtype) -> Trunk:
 @cache
 def placement_of(path: Path, num_shards: int) -> ExpertPlacement:
     with ExpertCheckpoint(path) as checkpoint:
-        shape = checkpoint.shape
-    return even_placement(
-        shape.moe_layers, num_layers=shape.num_layers, num_experts=shape.num_experts, num_ranks=num_shards
-    )
+        return place_evenly(checkpoint.shape, num_ranks=num_shards)
 
 
 @cache

@@ -3,7 +3,7 @@
 T tokens, D hidden, K top-k, e local slots, I intermediate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -51,9 +51,3 @@ BACKENDS: dict[str, BackendFactory] = {"reference": _reference, "torch": _torch}
 def resolve_backend(name: str) -> str:
     """The backend that `auto` stands for on this machine."""
     return "torch" if name == "auto" else name
-
-
-def check_buckets(buckets: Sequence[int]) -> None:
-    """Token buckets are what a backend is warmed for: ascending and positive."""
-    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise ValueError(f"token buckets must be ascending positive numbers, got {list(buckets)}")
