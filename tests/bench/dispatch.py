@@ -2,8 +2,7 @@
 
 Shard processes whose forward does nothing, so the wire is what is measured: the copy into the frame, both ways through
 the sockets, the checks, the sum. `bare` is its floor: the same bytes through bare sockets between as many processes,
-nothing copied, checked or summed. The two take turns, round by round. Either costs the router two system calls per
-shard and layer, and each shard two, as long as a frame fits the kernel's buffers.
+nothing copied, checked or summed. The two take turns, round by round, and both spin while they wait.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import multiprocessing
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from experts.fabric import Membership, ShardAddress, StepHeader
 from experts.fabric.frames import HEADER_BYTES, FrameShape
 from experts.fabric.link import ShardListener
+from experts.fabric.sockets import receive_some
 from experts.fabric.tcp import TcpFabric
 from experts.placement import even_placement
 from experts.weights import MoEShape
@@ -60,10 +60,18 @@ def bare_process(num_in: int, num_out: int, parent: Connection) -> None:
         parent.send(server.getsockname())
         sock, _ = server.accept()
     request, reply = memoryview(bytearray(num_in)), memoryview(bytearray(num_out))
-    with sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while sock.recv_into(request, 0, socket.MSG_WAITALL):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with sock, suppress(ConnectionError):
+        while True:
+            fill(sock, request)
             sock.sendall(reply)
+
+
+def fill(sock: socket.socket, view: memoryview) -> None:
+    """Raises ConnectionError at the end of the stream."""
+    received = 0
+    while received < len(view):
+        received += receive_some(sock, view[received:])
 
 
 @contextmanager
@@ -115,7 +123,7 @@ def bare_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Calla
             for sock in sockets:
                 sock.sendall(request)
             for sock, reply in zip(sockets, replies, strict=True):
-                sock.recv_into(reply, 0, socket.MSG_WAITALL)
+                fill(sock, reply)
 
         for sock in sockets:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
