@@ -10,6 +10,7 @@ from deploy.config import AppArgs
 from experts.backends import resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.config import ExpertsConfig
+from experts.device import default_device, resolve_dtype
 from experts.fabric import Fabric, Membership, PeerLost
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
@@ -21,18 +22,6 @@ from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
 
-def device() -> torch.device:
-    """The first GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def dtypes(args: AppArgs) -> tuple[torch.dtype, torch.dtype]:
-    """Of the trunk and of the wire."""
-    auto = torch.float32 if device().type == "cpu" else torch.bfloat16
-    trunk = _dtype(args.router.dtype, auto=auto)
-    return trunk, _dtype(args.fabric.wire_dtype, auto=trunk)
-
-
 def build_engine(
     args: AppArgs,
     *,
@@ -42,12 +31,14 @@ def build_engine(
 ) -> Engine:
     """An engine that has not started. local: the experts that it shall hold itself; None for fabric `tcp`."""
     torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
-    trunk_dtype, wire_dtype = dtypes(args)
-    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device())
+    device = default_device()
+    trunk_dtype = resolve_dtype(args.router.dtype, device=device)
+    wire_dtype = trunk_dtype if args.fabric.wire_dtype == "auto" else getattr(torch, args.fabric.wire_dtype)
+    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device)
     fabric: Fabric
     members: Membership | None = None
     if local is not None:
-        fabric, members = _local(args.model.path, local, dtype=wire_dtype)
+        fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device)
     else:
         fabric = TcpFabric(
             hidden=trunk.shape.hidden,
@@ -69,7 +60,9 @@ def build_engine(
     return engine
 
 
-def _local(path: Path, experts: ExpertsConfig, *, dtype: torch.dtype) -> tuple[LocalFabric, Membership]:
+def _local(
+    path: Path, experts: ExpertsConfig, *, dtype: torch.dtype, device: torch.device
+) -> tuple[LocalFabric, Membership]:
     with ExpertCheckpoint(path) as checkpoint:
         placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
         shards = [
@@ -79,12 +72,8 @@ def _local(path: Path, experts: ExpertsConfig, *, dtype: torch.dtype) -> tuple[L
                 rank=rank,
                 backend=resolve_backend(experts.backend),
                 dtype=dtype,
-                device=device(),
+                device=device,
             )
             for rank in range(experts.shards)
         ]
     return LocalFabric(shards), local_membership(placement)
-
-
-def _dtype(name: str, *, auto: torch.dtype) -> torch.dtype:
-    return auto if name == "auto" else getattr(torch, name)

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.nodes import Node, choose_node
 from deploy.shard_actor import ShardActor
 from deploy.spec import NAMESPACE, FleetOverview, FleetSpec, ShardState, ShardStats, shard_prefix
-from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint_index import CheckpointIndex
 from experts.fabric import Membership, ShardAddress
 from experts.placement import ExpertPlacement, place_evenly
 
@@ -321,7 +321,7 @@ class Fleet:
 
 
 def _placement(spec: FleetSpec) -> ExpertPlacement:
-    with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
+    with CheckpointIndex(Path(spec.checkpoint)) as checkpoint:
         return place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
 
 

@@ -21,7 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.config import ServeFile
 from deploy.spec import NAMESPACE, fleet_name
-from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint_index import CheckpointIndex
 from router.model_config import check_family
 
 POLL_S = 0.5
@@ -54,7 +54,7 @@ def check(config: ServeFile) -> None:
     """What can be known before anything is started: the checkpoint and the port."""
     application = config.applications[0]
     check_family(application.args.model.path)
-    with ExpertCheckpoint(application.args.model.path) as checkpoint:
+    with CheckpointIndex(application.args.model.path) as checkpoint:
         num_experts, num_shards = checkpoint.shape.num_experts, application.experts.shards
         if checkpoint.format == "dense":
             path = application.args.model.path

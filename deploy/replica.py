@@ -229,15 +229,12 @@ class RouterReplica:
 
 
 def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:
-    from deploy.engine_room import dtypes
-
-    _, wire_dtype = dtypes(args)
     return FleetSpec(
         app=app,
         checkpoint=str(args.model.path),
         num_shards=experts.shards,
         backend=experts.backend,
-        dtype=str(wire_dtype).removeprefix("torch."),
+        dtype=args.router.dtype if args.fabric.wire_dtype == "auto" else args.fabric.wire_dtype,
         threads=experts.threads,
         strategy=experts.strategy,
         resources=tuple(sorted(args.fleet.shard_resources.items())),

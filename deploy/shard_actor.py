@@ -5,17 +5,17 @@ import secrets
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
-import torch
 
 from deploy.spec import FleetSpec, ShardState, ShardStats
-from experts.backends import resolve_backend
-from experts.checkpoint import ExpertCheckpoint
 from experts.fabric import ShardAddress
-from experts.fabric.link import ShardListener
 from experts.placement import place_evenly
-from experts.shard import load_shard
+
+if TYPE_CHECKING:
+    from experts.fabric.link import ShardListener
+    from experts.shard import ExpertShard
 
 
 class ShardActor:
@@ -28,13 +28,23 @@ class ShardActor:
         self._epoch = 0
         self._address: ShardAddress | None = None
         self._listener: ShardListener | None = None
+        self._shard: ExpertShard | None = None
         self._node = ray.get_runtime_context().get_node_id()
         self._lease_ends = time.monotonic() + spec.start_timeout_s
         threading.Thread(target=self._exit_without_lease, name="lease", daemon=True).start()
 
     def load(self) -> ShardAddress:
         """Read the experts and listen. Raises ValueError for a checkpoint that cannot be served."""
-        spec = self._spec
+        # Here, because the Fleet imports this class, and its start need not wait for torch.
+        import torch
+
+        from experts.backends import resolve_backend
+        from experts.checkpoint import ExpertCheckpoint
+        from experts.device import default_device, resolve_dtype
+        from experts.fabric.link import ShardListener
+        from experts.shard import load_shard
+
+        spec, device = self._spec, default_device()
         torch.set_num_threads(spec.threads or os.cpu_count() or 1)
         with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
             placement = place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
@@ -43,8 +53,8 @@ class ShardActor:
                 placement,
                 rank=self._rank,
                 backend=resolve_backend(spec.backend),
-                dtype=getattr(torch, spec.dtype),
-                device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype=resolve_dtype(spec.dtype, device=device),
+                device=device,
             )
         host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)
         self._listener = ShardListener(self._shard, host=host, name=self._name, token=token)
@@ -55,7 +65,7 @@ class ShardActor:
         return ShardState(self._rank, self._spec, self._address, self._epoch, self._node)
 
     def stats(self) -> ShardStats:
-        pairs = self._shard.num_pairs if self._address else 0
+        pairs = self._shard.num_pairs if self._shard else 0
         return ShardStats(self._rank, os.getpid(), self._node, pairs, _resident_mib())
 
     def note_epoch(self, epoch: int) -> None:

@@ -16,7 +16,7 @@ NAMESPACE = "sparkmoe"
 class FleetSpec:
     """What a router wants of its fleet: everything that shards have in common.
 
-    dtype: of hidden states on the wire and of the kernel, by torch's name. resources: what Ray reserves for a shard.
+    dtype: of the kernel, as in the config: `auto` is for the shard to decide. resources: what Ray reserves for a shard.
     lease_s: how long shards outlive the last word of their Fleet.
     """
 

@@ -2,60 +2,25 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
+from experts.checkpoint_index import CheckpointIndex
 from experts.hf_config import read_config
-from experts.layouts import (
-    PARTS,
-    ExpertTensor,
-    Format,
-    check_supported,
-    count_layers,
-    detect_format,
-    layer_of,
-    parse_expert,
-    stacked_sizes,
-)
+from experts.layouts import PARTS, ExpertTensor, count_layers, layer_of, parse_expert
 from experts.nvfp4 import GROUP, dequantize
 from experts.tensor_files import TensorFiles
-from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
+from experts.weights import ExpertWeights, Nvfp4Weight
 
 
-class ExpertCheckpoint:
+class ExpertCheckpoint(CheckpointIndex):
     """Reads from disk only the experts that are asked for. For one thread; what it returns owns its memory.
 
-    shape: sizes of the routed experts. format: "dense" experts are not quantised, the others are NVFP4.
     Raises ValueError, naming file, tensor or expert, for a checkpoint that is broken or not supported.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = TensorFiles(path)
-        config = read_config(path)
-        num_layers = count_layers(self.files, stated=config.num_layers)
-        parsed = ((parse_expert(name), name) for name in self.files)
-        self._names = {tensor: name for tensor, name in parsed if tensor and tensor.layer < num_layers}
-        check_supported(path, self._names)
-        self.format: Format = detect_format(self.files, self._names)
-        self._weights_only = config.weights_only
-        self._stacked = any(tensor.expert is None for tensor in self._names)
-        self._k_first, self.shape = self._read_shape(num_layers)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self.files.close()
+    _framework = "pt"
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """An NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken."""
@@ -77,48 +42,6 @@ class ExpertCheckpoint:
         if self.format != "dense":
             raise ValueError(f"{self.path}: experts are already quantised ({self.format})")
         gate, up, down = (self._read(m, m.size(self.shape), _FLOATS) for m in self._matrices(layer, expert))
-        return gate, up, down
-
-    def module_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """What gate, up and down are called; where experts are stacked, what they would be called if not."""
-        if self._stacked:
-            stem = self._name(ExpertTensor(layer, None, "down", "weight")).removesuffix("down_proj")
-            return f"{stem}{expert}.gate_proj", f"{stem}{expert}.up_proj", f"{stem}{expert}.down_proj"
-        gate, up, down = (
-            self._name(matrix).removesuffix(".weight") for matrix in self._matrices(layer, expert)
-        )
-        return gate, up, down
-
-    def other_names(self) -> Iterator[str]:
-        """Every tensor that read() does not read, file by file."""
-        experts = set(self._names.values())
-        return (name for name in self.files if name not in experts)
-
-    def _read_shape(self, num_layers: int) -> tuple[bool, MoEShape]:
-        """Also whether stacked experts are K-first, that is, [E, in, out]."""
-        layers = tuple(sorted({tensor.layer for tensor in self._names}))
-        packing, weight = (1, "weight") if self.format == "dense" else (2, PARTS[self.format].packed)
-        if not self._stacked:
-            gate = next(name for t, name in self._names.items() if t.matrix == "gate" and t.part == weight)
-            intermediate, entries = self.files.shape(gate)
-            num_experts = 1 + max(tensor.expert or 0 for tensor in self._names)
-            return False, MoEShape(num_layers, layers, num_experts, entries * packing, intermediate)
-        gate_up = self.files.shape(self._name(ExpertTensor(layers[0], None, "gate_up", weight)))
-        down = self.files.shape(self._name(ExpertTensor(layers[0], None, "down", weight)))
-        sizes = stacked_sizes(gate_up, down, packing=packing)
-        if sizes is None:
-            raise ValueError(f"{self.path}: shapes of gate_up_proj {gate_up} and down_proj {down} do not fit")
-        k_first, hidden, intermediate = sizes
-        return k_first, MoEShape(num_layers, layers, down[0], hidden, intermediate)
-
-    def _matrices(self, layer: int, expert: int) -> tuple[ExpertTensor, ExpertTensor, ExpertTensor]:
-        """gate, up and down."""
-        if layer not in self.shape.moe_layers or not 0 <= expert < self.shape.num_experts:
-            raise ValueError(
-                f"{self.path}: has no expert {expert} in layer {layer}, only {self.shape.num_experts} in each of "
-                f"the layers {list(self.shape.moe_layers)}"
-            )
-        gate, up, down = (ExpertTensor(layer, expert, matrix, "weight") for matrix in ("gate", "up", "down"))
         return gate, up, down
 
     def _nvfp4(self, matrix: ExpertTensor) -> Nvfp4Weight:
@@ -152,27 +75,6 @@ class ExpertCheckpoint:
                 f"shape {list(value.shape)}, but {list(shape)} of {dtypes[0]} was expected"
             )
         return value
-
-    def _locate(self, tensor: ExpertTensor) -> tuple[str, tuple[int | slice, ...]]:
-        """The tensor on disk, and the index of our part of it."""
-        if not self._stacked:
-            return self._name(tensor), ()
-        name = self._name(tensor.stacked())
-        if len(self.files.shape(name)) < 3:
-            return name, ()  # one multiplier for the whole layer
-        size = self.shape.intermediate
-        rows = {"gate": slice(0, size), "up": slice(size, 2 * size)}.get(tensor.matrix, slice(None))
-        assert tensor.expert is not None
-        return name, (tensor.expert, slice(None), rows) if self._k_first else (tensor.expert, rows)
-
-    def _name(self, tensor: ExpertTensor) -> str:
-        if tensor not in self._names:
-            which = "" if tensor.expert is None else f", expert {tensor.expert}"
-            raise ValueError(
-                f"{self.path}: no {tensor.part} for {tensor.matrix} of layer {tensor.layer}{which}; "
-                "the checkpoint is incomplete, download it again"
-            )
-        return self._names[tensor]
 
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)

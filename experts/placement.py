@@ -1,4 +1,4 @@
-"""ExpertPlacement: which expert sits in which physical slot. Pure data and pure functions.
+"""ExpertPlacement: which expert sits in which physical slot. Pure data and pure functions, without torch.
 
 Glossary (the field's): a *logical* expert is one that the checkpoint numbers. A *physical* expert is a slot that
 holds a copy of one; a logical expert with two slots has one *redundant* copy. EP rank r owns the physical ids
@@ -8,8 +8,8 @@ holds a copy of one; a logical expert with two slots has one *redundant* copy. E
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from experts.weights import MoEShape
 
@@ -24,11 +24,11 @@ class ExpertPlacement:
         A dense layer's row is all EMPTY; in a MoE layer every logical expert has at least one slot.
     """
 
-    slots_LP: Tensor
+    slots_LP: NDArray[np.int32]
     slots_per_rank: int
 
     def __post_init__(self) -> None:
-        assert self.slots_LP.dtype == torch.int32, self.slots_LP.dtype
+        assert self.slots_LP.dtype == np.int32, self.slots_LP.dtype
         assert self.slots_LP.ndim == 2, self.slots_LP.shape
         assert self.slots_LP.shape[1] % self.slots_per_rank == 0, (self.slots_LP.shape, self.slots_per_rank)
 
@@ -36,27 +36,27 @@ class ExpertPlacement:
     def num_ranks(self) -> int:
         return self.slots_LP.shape[1] // self.slots_per_rank
 
-    def local(self, rank: int) -> Tensor:
+    def local(self, rank: int) -> NDArray[np.int32]:
         """[L, slots_per_rank]: the logical ids that `rank` holds."""
         return self.slots_LP[:, rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
 
     @cached_property
-    def primary_LE(self) -> Tensor:
+    def primary_LE(self) -> NDArray[np.int32]:
         """int32 [L, E]: the first slot of every logical expert; EMPTY in dense layers."""
         num_layers, num_slots = self.slots_LP.shape
         num_experts = int(self.slots_LP.max()) + 1
-        primary_LE = torch.full((num_layers, num_experts), EMPTY, dtype=torch.int32)
+        primary_LE = np.full((num_layers, num_experts), EMPTY, np.int32)
         for slot in reversed(range(num_slots)):  # the first slot wins
             logical_L = self.slots_LP[:, slot]
             held_L = logical_L != EMPTY
-            primary_LE[held_L, logical_L[held_L].long()] = slot
+            primary_LE[held_L, logical_L[held_L]] = slot
         return primary_LE
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, ExpertPlacement)
             and self.slots_per_rank == other.slots_per_rank
-            and torch.equal(self.slots_LP, other.slots_LP)
+            and np.array_equal(self.slots_LP, other.slots_LP)
         )
 
 
@@ -76,9 +76,9 @@ def even_placement(
             f"experts.shards={num_ranks} is more than the model's {num_experts} experts per layer"
         )
     slots_per_rank = -(-num_experts // num_ranks)
-    row_P = torch.full((num_ranks, slots_per_rank), EMPTY, dtype=torch.int32)
-    for rank, share in enumerate(torch.arange(num_experts, dtype=torch.int32).tensor_split(num_ranks)):
+    row_P = np.full((num_ranks, slots_per_rank), EMPTY, np.int32)
+    for rank, share in enumerate(np.array_split(np.arange(num_experts), num_ranks)):
         row_P[rank, : len(share)] = share
-    slots_LP = torch.full((num_layers, num_ranks * slots_per_rank), EMPTY, dtype=torch.int32)
+    slots_LP = np.full((num_layers, num_ranks * slots_per_rank), EMPTY, np.int32)
     slots_LP[list(moe_layers)] = row_P.flatten()
     return ExpertPlacement(slots_LP=slots_LP, slots_per_rank=slots_per_rank)

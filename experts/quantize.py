@@ -14,7 +14,8 @@ from tqdm import tqdm
 from experts.checkpoint import ExpertCheckpoint
 from experts.hf_config import read_config
 from experts.nvfp4 import GROUP, input_scale, quantize, scale_2_of
-from experts.tensor_files import INDEX, write_tensors
+from experts.tensor_files import INDEX
+from experts.tensor_writer import write_tensors
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, chat template
 

@@ -1,32 +1,34 @@
 """The tensors of a checkpoint directory, by name, whichever *.safetensors file holds them."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 
 
 class TensorFiles:
-    """Opens each file when it is first needed and keeps it mapped until close(). For one thread."""
+    """Opens each file when it is first needed and keeps it mapped until close(). For one thread.
 
-    def __init__(self, path: Path) -> None:
+    framework: "pt" can read; "numpy" only tells names, shapes and dtypes, and does without importing torch.
+    """
+
+    def __init__(self, path: Path, *, framework: Literal["pt", "numpy"] = "pt") -> None:
         self.path = path
+        self._framework: Literal["pt", "numpy"] = framework
         self._open: dict[str, safe_open] = {}
         self._file_of = self._index()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Iterator[str]:
@@ -50,7 +52,7 @@ class TensorFiles:
         """As safetensors spells it: BF16, F32, U8, F8_E4M3, ..."""
         return self._slice(name).get_dtype()
 
-    def read(self, name: str, *index: int | slice) -> Tensor:
+    def read(self, name: str, *index: int | slice) -> "Tensor":
         """tensor[index], or the whole tensor, in memory of its own. Only these bytes are read from disk."""
         return self._slice(name)[index or ...].clone()
 
@@ -67,7 +69,7 @@ class TensorFiles:
     def _handle(self, file: str) -> safe_open:
         if file not in self._open:
             try:
-                self._open[file] = safe_open(self.path / file, framework="pt")
+                self._open[file] = safe_open(self.path / file, framework=self._framework)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.path / file}: broken or cut short ({error}); {_AGAIN}") from error
         return self._open[file]
@@ -97,47 +99,6 @@ def read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not valid JSON ({error}); {_AGAIN}") from error
-
-
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int) -> None:
-    """Write model files of at most `file_bytes` (unless one tensor is larger), and an index if they are several.
-
-    Holds one file's tensors in memory at a time. Tensors must be contiguous and share no memory.
-    """
-    names_of_file: list[list[str]] = []
-    total_bytes = 0
-    for batch in _batches(tensors, file_bytes=file_bytes):
-        part = path / f"{len(names_of_file)}.part"
-        save_file(batch, part, metadata={"format": "pt"})
-        part.chmod(path.stat().st_mode & 0o666)  # safetensors lets only the owner read
-        names_of_file.append(list(batch))
-        total_bytes += sum(tensor.nbytes for tensor in batch.values())
-    count = len(names_of_file)
-    if count == 1:
-        (path / "0.part").rename(path / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(names_of_file):
-        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        (path / f"{number}.part").rename(path / file)
-        weight_map.update(dict.fromkeys(names, file))
-    (path / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
-    )
-
-
-def _batches(tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Each is emptied when the next is asked for, so that the two are never in memory together."""
-    batch: dict[str, Tensor] = {}
-    num_bytes = 0
-    for name, tensor in tensors:
-        if batch and num_bytes + tensor.nbytes > file_bytes:
-            yield batch
-            batch.clear()
-            num_bytes = 0
-        batch[name] = tensor
-        num_bytes += tensor.nbytes
-    yield batch
 
 
 _AGAIN = "download the checkpoint again"

@@ -1,8 +1,10 @@
-"""The types in which expert weights travel from a checkpoint to a backend."""
+"""The types in which expert weights travel from a checkpoint to a backend. Light: does not import torch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Nvfp4Weight:
     scale_2: float32 [], the multiplier of the whole matrix (ModelOpt's weight_scale_2).
     """
 
-    packed: Tensor
-    scale: Tensor
-    scale_2: Tensor
+    packed: "Tensor"
+    scale: "Tensor"
+    scale_2: "Tensor"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,5 +47,5 @@ class ExpertWeights:
     gate: Nvfp4Weight
     up: Nvfp4Weight
     down: Nvfp4Weight
-    input_scale: Tensor | None
-    down_input_scale: Tensor | None
+    input_scale: "Tensor | None"
+    down_input_scale: "Tensor | None"

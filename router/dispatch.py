@@ -27,7 +27,7 @@ class Dispatcher:
         """Enter an epoch; between steps only. Raises PeerLost."""
         self._fabric.connect(members, timeout_s=timeout_s)
         self._members = members
-        self._primary_LE = members.placement.primary_LE.to(self._device)
+        self._primary_LE = torch.from_numpy(members.placement.primary_LE).to(self._device)
 
     def begin(self, *, step: int, rows: int) -> None:
         """Announce a step of `rows` tokens to every shard."""

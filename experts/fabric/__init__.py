@@ -6,11 +6,12 @@ to one *epoch*: a Membership that the router adopted between two steps. T tokens
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from experts.placement import ExpertPlacement
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,14 @@ class Fabric(Protocol):
         """Announce a step to every shard. A shard that is gone is only found by `combine`."""
         ...
 
-    def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
+    def dispatch(self, layer: int, x_TD: "Tensor", phys_TK: "Tensor", w_TK: "Tensor") -> Ticket:
         """Send every row to every shard. phys_TK: int32 physical ids; w_TK: float32.
 
         The inputs stay untouched until the combine of this ticket; at most one ticket is open.
         """
         ...
 
-    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+    def combine(self, ticket: Ticket, out_TD: "Tensor") -> None:
         """out_TD (the caller's) = the shards' partial sums, added in float32 in rank order.
 
         out_TD may have any dtype and device. Raises one PeerLost for all ranks that were lost since `connect`;

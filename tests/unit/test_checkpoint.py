@@ -13,7 +13,8 @@ from torch import Tensor
 
 from experts.checkpoint import ExpertCheckpoint, trunk_tensors
 from experts.nvfp4 import dequantize
-from experts.tensor_files import INDEX, write_tensors
+from experts.tensor_files import INDEX
+from experts.tensor_writer import write_tensors
 from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
 from tests.checkpoints import (
     DENSE,

@@ -26,8 +26,16 @@ def test_a_file_is_one_idea(path: Path) -> None:
     assert len(text.splitlines()) <= 400, "look for a second idea"
 
 
-def test_a_shard_starts_without_the_heavy_imports() -> None:
-    """A replacement must not wait for transformers."""
-    code = "import deploy.shard_actor, sys; print([m for m in ('transformers', 'fastapi', 'router') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("deploy.launch", ("torch", "transformers")),
+        ("deploy.fleet", ("torch", "transformers", "fastapi")),
+        ("deploy.replica", ("torch", "transformers")),
+        ("experts.shard", ("transformers", "fastapi", "ray", "router")),
+    ],
+)
+def test_a_start_does_not_wait_for_heavy_imports(module: str, heavy: tuple[str, ...]) -> None:
+    code = f"import {module}, sys; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
