@@ -34,6 +34,12 @@ class HandleClient:
         """Attach to the router, and again whenever it is replaced."""
         self._listener = asyncio.get_running_loop().create_task(self._listen())
 
+    async def stop(self) -> None:
+        """Detach: the router cancels what it still holds for us, and need not wait for us when it is stopped."""
+        assert self._listener is not None
+        self._listener.cancel()
+        await asyncio.gather(self._listener, return_exceptions=True)
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See EngineClient."""
         if not self._attached:
@@ -76,8 +82,8 @@ class HandleClient:
             self._name = (
                 f"ingress-{uuid.uuid4().hex[:8]}"  # a router cancels what it held for the stream before
             )
+            batches: Any = self._stream.attach.remote(self._name)
             try:
-                batches: Any = self._stream.attach.remote(self._name)
                 async for batch in batches:
                     self._attached = True
                     for output in batch:
@@ -85,6 +91,7 @@ class HandleClient:
                             inbox.put_nowait(output)
                 why = "the router was stopped"
             except asyncio.CancelledError:
+                batches.cancel()
                 raise
             except Exception as error:  # noqa: BLE001 however it ended, we attach again
                 why = f"the router died ({type(error).__name__})"
