@@ -19,7 +19,8 @@ class Answer:
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         room = max_model_len - len(request.prompt)
         self._max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Sampled so far."""
         self._prompt_logprobs: list[TokenLogprob] = []
         self._num_scored = 0
 
@@ -30,7 +31,7 @@ class Answer:
 
     def push(self, sampled: Sampled) -> RequestOutput:
         """The output of one more token. An end token is reported, but is not part of the text."""
-        self._num_tokens += 1
+        self.num_tokens += 1
         ended = sampled.token in self._ends
         text = "" if ended else self._detokenizer.push([sampled.token])
         finish = self._finish(ended)
@@ -49,4 +50,4 @@ class Answer:
     def _finish(self, ended: bool) -> FinishReason | None:
         if ended or self._detokenizer.stopped:
             return "stop"
-        return "length" if self._num_tokens >= self._max_tokens else None
+        return "length" if self.num_tokens >= self._max_tokens else None

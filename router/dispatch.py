@@ -23,6 +23,12 @@ class Dispatcher:
         """Of the membership in use; 0 before the first."""
         return self._members.epoch if self._members else 0
 
+    @property
+    def members(self) -> Membership:
+        """In use; not before the first."""
+        assert self._members is not None
+        return self._members
+
     def adopt(self, members: Membership, *, timeout_s: float) -> None:
         """Enter an epoch; between steps only. Raises PeerLost."""
         self._fabric.connect(members, timeout_s=timeout_s)

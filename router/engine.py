@@ -22,6 +22,7 @@ from router.dispatch import Dispatcher
 from router.kv_cache import BlockTables, KVCache, num_blocks_for
 from router.mailbox import Mailbox
 from router.request import QueueFull, Request, RequestOutput, TokenLogprob
+from router.retries import Retries
 from router.sampler import LogitsError, Sampled, SamplingRow, prompt_logprobs, sample
 from router.scheduler import PlannedChunk, RunningRequest, Scheduler, StepPlan
 from router.tokenizer import Detokenizer, Tokenizer
@@ -85,7 +86,7 @@ class Engine:
         self._dispatcher = Dispatcher(fabric, device=trunk.device)
         self._scheduler = Scheduler(tables, max_batch_tokens=config.max_batch_tokens)
         self._live: dict[str, RunningRequest] = {}
-        self._plan: StepPlan | None = None
+        self._retries = Retries()
         self._linked = False
         self._unlinked_at = time.monotonic()
         self._num_steps = 0
@@ -155,28 +156,30 @@ class Engine:
             for request in mail.submitted:
                 self._begin(request)
             for request_id in mail.cancelled:
-                self._forget(request_id)
+                self._cancel(request_id)
             if self._live and (outputs := self.step() if self._linked else self._give_up()):
                 self._on_outputs(outputs)
 
     def step(self) -> list[RequestOutput]:
         """One step. If it loses a shard, nothing of it is committed and the plan is kept for the next try."""
-        plan = self._plan = self._plan or self._scheduler.plan()
+        plan = self._retries.take() or self._scheduler.plan()
         try:
             logits_NV = self._forward(plan)
+            self._num_steps += 1
+            self._stepped_at = time.monotonic()
+            return self._commit(plan, logits_NV)
         except PeerLost as loss:
             self._unlink(loss)
-            return []
-        except Exception as error:  # whatever model code raises must not end the loop for the others
+            to_blame = self._retries.put(plan)
+            return self._fail([to_blame], "its steps lost the expert shards") if to_blame else []
+        except Exception:  # whatever model code raises must not end the loop for the others
             logger.exception("step %d failed", self._num_steps)
-            self._plan = None
+            self._link(
+                self._dispatcher.members
+            )  # an answer may still be on its way: links that owe one are renewed
             return self._fail(
-                (part.running for part in plan.parts), f"step {self._num_steps} failed: {error}"
+                (part.running for part in plan.parts), "a step failed; the router's log says why"
             )
-        self._plan = None
-        self._num_steps += 1
-        self._stepped_at = time.monotonic()
-        return self._commit(plan, logits_NV)
 
     def _forward(self, plan: StepPlan) -> Tensor:
         """Logits [N, V] of the rows that are sampled or scored, in plan order."""
@@ -240,7 +243,13 @@ class Engine:
         running = self._live.pop(request_id, None)
         if running is not None:
             self._scheduler.remove(running)
-            self._plan = self._plan and self._plan.without(running)
+            self._retries.forget(running)
+
+    def _cancel(self, request_id: str) -> None:
+        running = self._live.get(request_id)
+        if running is not None and running.num_computed and not running.answer.num_tokens:
+            self._erase(running)  # nobody has looked yet whether what it computed is finite
+        self._forget(request_id)
 
     def _fail(self, running: Iterable[RunningRequest], why: str) -> list[RequestOutput]:
         failed = [one.request.id for one in running]

@@ -86,6 +86,10 @@ class StepPlan:
             rows.extend(range(end - part.num_kept, end))
         return rows
 
+    def one_by_one(self) -> "list[StepPlan]":
+        """A plan for each request."""
+        return [StepPlan(parts=(part,)) for part in self.parts]
+
     def without(self, running: RunningRequest) -> "StepPlan | None":
         """The plan less one request; None if nothing is left."""
         parts = tuple(part for part in self.parts if part.running is not running)

@@ -1,5 +1,6 @@
 """What goes wrong for one request does not touch the others."""
 
+import pkgutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.fabric import StepHeader, Ticket
+from experts.fabric import PeerLost, StepHeader, Ticket
 from experts.fabric.faulty import Lost
 from experts.fabric.local import LocalFabric
 from experts.shard import ExpertShard
 from router.config import KVCacheConfig, RouterConfig
 from router.engine import QueueFull
 from router.request import Request, SamplingParams
-from router.trunk import Trunk
+from router.retries import MAX_LOSSES
 from tests.families import VOCAB_SIZE, write_nvfp4
 from tests.in_process import Joined, faulty, greedy, in_process
 
@@ -53,6 +54,31 @@ class PoisonFabric(LocalFabric):
         step, row = self._poison
         if self._step == step and ticket.layer == 0:
             out_TD[row] = torch.nan
+
+
+class FragileFabric(LocalFabric):
+    """A step of so many rows or more loses a shard, every time."""
+
+    def __init__(self, shards: Sequence[ExpertShard], *, rows: int) -> None:
+        super().__init__(shards)
+        self._rows = rows
+
+    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+        super().combine(ticket, out_TD)
+        if ticket.rows >= self._rows:
+            raise PeerLost([0], epoch=1, step=0, layer=0, elapsed_s=0.0, why="out of memory")
+
+
+def test_a_request_that_kills_shards_again_and_again_is_given_up(
+    model: Path, undisturbed: dict[str, Joined]
+) -> None:
+    """The second one's prompt of 20 tokens is too much, alone and together with the others."""
+    with in_process(model, num_shards=2, fabric=partial(FragileFabric, rows=20)) as server:
+        answers = server.run(REQUESTS, failing={"1"})
+        assert len(server.losses) == MAX_LOSSES
+    assert answers["1"].error == "its steps lost the expert shards"
+    for name in ("0", "2"):
+        assert answers[name].tokens == undisturbed[name].tokens
 
 
 def test_logits_that_are_not_finite_fail_one_request(model: Path, undisturbed: dict[str, Joined]) -> None:
@@ -92,20 +118,21 @@ def test_one_more_than_the_queue_holds_is_refused(model: Path) -> None:
         assert all(answer.finish == "length" for answer in answers.values())
 
 
+@pytest.mark.parametrize("part", ["router.trunk.Trunk.forward", "router.engine._sample"])
 def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(
-    model: Path, undisturbed: dict[str, Joined], monkeypatch: pytest.MonkeyPatch
+    model: Path, undisturbed: dict[str, Joined], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    forward, calls = Trunk.forward, iter(range(100))
+    undisturbed_part, calls = pkgutil.resolve_name(part), iter(range(100))
 
-    def failing(*args: Any, **kwargs: Any) -> Tensor:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 3:
             raise RuntimeError("out of memory")
-        return forward(*args, **kwargs)
+        return undisturbed_part(*args, **kwargs)
 
-    monkeypatch.setattr(Trunk, "forward", failing)
+    monkeypatch.setattr(part, failing)
     with in_process(model, num_shards=2) as server:
         answers = server.run(REQUESTS[:2], failing={"0", "1"})
-        assert answers["0"].error == "step 3 failed: out of memory"
+        assert answers["0"].error == "a step failed; the router's log says why"
         assert answers["0"].tokens == undisturbed["0"].tokens[:3]
         assert server.run(REQUESTS[2:], failing={"0", "1"})["2"].tokens == undisturbed["2"].tokens
 

@@ -1,0 +1,45 @@
+"""Retries: the plans of steps that lost a shard, which are run again before anything new is planned."""
+
+import logging
+
+from router.scheduler import RunningRequest, StepPlan
+
+logger = logging.getLogger(__name__)
+
+MAX_TOGETHER = 2
+"""Losses after which the requests of a plan are run one by one, because one of them may be what kills the shards."""
+
+MAX_LOSSES = 4
+"""Losses after which a request that runs alone is given up, or it would keep all others waiting for ever."""
+
+
+class Retries:
+    """Lives in the engine's thread."""
+
+    def __init__(self) -> None:
+        self._plans: list[StepPlan] = []
+        self._num_losses = 0
+
+    def take(self) -> StepPlan | None:
+        """The plan to run again now; None if there is none, and something new may be planned."""
+        if not self._plans:
+            self._num_losses = 0
+            return None
+        return self._plans.pop(0)
+
+    def put(self, plan: StepPlan) -> RunningRequest | None:
+        """A plan that lost a shard. Returns the request to give up, if it is to blame."""
+        self._num_losses += 1
+        if len(plan.parts) == 1 and self._num_losses >= MAX_LOSSES:
+            self._num_losses = 0
+            return plan.parts[0].running
+        again = plan.one_by_one() if self._num_losses >= MAX_TOGETHER else [plan]
+        if len(again) > 1:
+            logger.warning("a step lost its shards %d times: its requests run alone now", self._num_losses)
+        self._plans = again + self._plans
+        return None
+
+    def forget(self, running: RunningRequest) -> None:
+        """Leave a request out."""
+        kept = (plan.without(running) for plan in self._plans)
+        self._plans = [plan for plan in kept if plan]
