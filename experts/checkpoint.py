@@ -121,14 +121,14 @@ def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
         return _dequantize_fp8(value, files.read(f"{stem}.weight_scale"), name=f"{files.path}: {name}").to(
             dtype
         )
-    if value.element_size() > 1 and not name.endswith(".pre_quant_scale"):
+    if value.is_floating_point() and value.element_size() > 1 and not name.endswith(".pre_quant_scale"):
         return value
     raise ValueError(f"{files.path}: {name} ({value.dtype}) is quantised in a way that is not supported")
 
 
 def _dequantize_fp8(value_NK: Tensor, scale: Tensor, *, name: str) -> Tensor:
     """float32; scale: of the whole matrix, or one for each row."""
-    if scale.numel() not in (1, len(value_NK)):
+    if tuple(scale.shape) not in ((), (1,), (len(value_NK),), (len(value_NK), 1)):
         raise ValueError(
             f"{name} has FP8 scales of shape {list(scale.shape)}; per tensor and per row are supported"
         )

@@ -1,5 +1,6 @@
 """CheckpointIndex: where a checkpoint directory keeps each routed expert, and how large they are."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -74,6 +75,7 @@ class CheckpointIndex:
             gate = next(name for t, name in self._names.items() if t.matrix == "gate" and t.part == weight)
             intermediate, entries = self.files.shape(gate)
             num_experts = 1 + max(tensor.expert or 0 for tensor in self._names)
+            self._check_complete(layers, num_experts, weight)
             return False, MoEShape(num_layers, layers, num_experts, entries * packing, intermediate)
         gate_up = self.files.shape(self._name(ExpertTensor(layers[0], None, "gate_up", weight)))
         down = self.files.shape(self._name(ExpertTensor(layers[0], None, "down", weight)))
@@ -82,6 +84,12 @@ class CheckpointIndex:
             raise ValueError(f"{self.path}: shapes of gate_up_proj {gate_up} and down_proj {down} do not fit")
         k_first, hidden, intermediate = sizes
         return k_first, MoEShape(num_layers, layers, down[0], hidden, intermediate)
+
+    def _check_complete(self, layers: tuple[int, ...], num_experts: int, weight: str) -> None:
+        """Raises ValueError if an expert lacks a matrix: a file is missing, and there is no index that names it."""
+        for layer, expert in itertools.product(layers, range(num_experts)):
+            for matrix in ("gate", "up", "down"):
+                self._name(ExpertTensor(layer, expert, matrix, weight))
 
     def _matrices(self, layer: int, expert: int) -> tuple[ExpertTensor, ExpertTensor, ExpertTensor]:
         """gate, up and down."""

@@ -51,14 +51,16 @@ def _expert_algorithm(quantization: dict[str, Any]) -> str | None:
     algorithm = quantization.get("quant_algo")
     if algorithm != "MIXED_PRECISION":
         return algorithm
-    layers: dict[str, dict[str, Any]] = quantization.get("quantized_layers", {})
-    of_experts = {layer["quant_algo"] for name, layer in layers.items() if ".experts" in name}
+    layers: dict[str, dict[str, Any]] = quantization.get("quantized_layers") or {}
+    of_experts = {str(layer.get("quant_algo")) for name, layer in layers.items() if ".experts" in name}
     return " and ".join(sorted(of_experts)) or None
 
 
 def _without_input_scales(quantization: dict[str, Any]) -> bool:
     """True if every group of 4-bit weights leaves activations alone, whatever quant_algo says."""
     groups = [
-        group for group in quantization.get("config_groups", {}).values() if group["weights"]["num_bits"] == 4
+        group
+        for group in (quantization.get("config_groups") or {}).values()
+        if (group.get("weights") or {}).get("num_bits") == 4
     ]
     return bool(groups) and all(group.get("input_activations") is None for group in groups)

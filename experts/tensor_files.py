@@ -86,7 +86,9 @@ class TensorFiles:
         return {name: file for file in files for name in self._handle(file).keys()}  # noqa: SIM118 (no __iter__)
 
     def _read_index(self) -> dict[str, str]:
-        file_of: dict[str, str] = read_json(self.path / INDEX)["weight_map"]
+        file_of = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(file_of, dict):
+            raise ValueError(f"{self.path / INDEX}: has no weight_map; {_AGAIN}")
         for file in sorted(set(file_of.values())):
             if not (self.path / file).is_file():
                 raise ValueError(f"{self.path / file}: missing, though {INDEX} names it; {_AGAIN}")
@@ -94,11 +96,14 @@ class TensorFiles:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError if the file is not valid JSON."""
+    """Raises ValueError if the file is not one JSON object."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(file.read_text())
+    except ValueError as error:  # also of text that is not UTF-8
         raise ValueError(f"{file}: not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds no JSON object; {_AGAIN}")
+    return value
 
 
 _AGAIN = "download the checkpoint again"

@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from experts.checkpoint import trunk_tensors
+from experts.checkpoint_index import CheckpointIndex
 from router.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
 from router.model_config import read_config, shape_of
 
@@ -37,6 +38,8 @@ class Trunk:
         self.dtype = dtype
         self.device = device
         self._model = _load(path, config, dtype=dtype, device=device)
+        with CheckpointIndex(path) as index:
+            _check_experts(self._model, index)
 
     @torch.inference_mode()
     def forward(
@@ -81,6 +84,18 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
         raise ValueError(f"{path}: trunk tensors that the model does not have: {sorted(unexpected)[:3]}")
     _fuse_norms(model)
     return model.to(device).eval()
+
+
+def _check_experts(model: torch.nn.Module, index: CheckpointIndex) -> None:
+    """Raises ValueError unless the checkpoint has experts for exactly the gates that the model has."""
+    experts = (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
+    wanted = {module.layer_idx: module.num_experts for module in experts}
+    found = dict.fromkeys(index.shape.moe_layers, index.shape.num_experts)
+    if wrong := sorted(layer for layer in wanted | found if wanted.get(layer) != found.get(layer)):
+        raise ValueError(
+            f"{index.path}: layer {wrong[0]} has {found.get(wrong[0], 0)} experts on disk, "
+            f"but its gate chooses among {wanted.get(wrong[0], 0)}; download the checkpoint again"
+        )
 
 
 _EXTRA = re.compile(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from experts.checkpoint_index import CheckpointIndex
 from experts.nvfp4 import dequantize, quantize
 from router.trunk import Trunk
 from tests.checkpoints import Tensors, edit_json, rewrite
@@ -35,6 +36,20 @@ def load(path: Path) -> Trunk:
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+def test_refuses_experts_that_the_gates_do_not_know(tmp_path: Path) -> None:
+    path = write_dense("qwen3_moe", tmp_path / "model")
+    last = max(index.shape.num_experts for index in [CheckpointIndex(path)]) - 1
+    rewrite(
+        path,
+        tmp_path / "c",
+        lambda tensors: {n: t for n, t in tensors.items() if f"experts.{last}." not in n},
+    )
+    with pytest.raises(
+        ValueError, match=rf"has {last} experts on disk, but its gate chooses among {last + 1}"
+    ):
+        load(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
