@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.fabric import Fabric, PeerLost
+from experts.fabric import Fabric, StepFailed
 from experts.fabric.faulty import Fault, FaultyFabric
 from experts.fabric.local import LocalFabric, local_membership
 from experts.placement import ExpertPlacement, place_evenly
@@ -78,7 +78,7 @@ class InProcess:
         config: RouterConfig,
     ) -> None:
         self.at_loss: Callable[[], None] = lambda: None
-        self.losses: list[PeerLost] = []
+        self.losses: list[StepFailed] = []
         self.answers: dict[str, Joined] = {}
         self._placement = placement
         self._changed = threading.Condition()
@@ -131,7 +131,7 @@ class InProcess:
                     self.answers[output.id].add(output)
             self._changed.notify()
 
-    def _lost(self, loss: PeerLost) -> None:
+    def _lost(self, loss: StepFailed) -> None:
         self.losses.append(loss)
         self.at_loss()
         self.engine.adopt(local_membership(self._placement, epoch=loss.epoch + 1))
