@@ -1,9 +1,10 @@
 """The ingress's way to the engine: an EngineClient over a Serve handle."""
 
 import asyncio
+import contextvars
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -75,7 +76,7 @@ class HandleClient:
         """See EngineClient."""
         attachment = self._attached()
         inbox = attachment.inbox[request.id] = asyncio.Queue()
-        submitting = asyncio.create_task(self._submit(attachment, request))
+        submitting = _apart(self._submit(attachment, request))
         held = True  # by the router, as far as we know
         try:
             await asyncio.shield(submitting)
@@ -88,7 +89,7 @@ class HandleClient:
         finally:
             del attachment.inbox[request.id]
             if held and not _refused(submitting):
-                withdrawing = asyncio.create_task(self._withdraw(attachment, request.id, submitting))
+                withdrawing = _apart(self._withdraw(attachment, request.id, submitting))
                 self._withdrawing.add(withdrawing)
                 withdrawing.add_done_callback(self._withdrawing.discard)
 
@@ -178,6 +179,11 @@ async def _answer(response: Awaitable[T], attachment: _Attachment) -> T:
         raise RouterLost(f"the router died ({type(error).__name__})") from error
     finally:
         answer.cancel()
+
+
+def _apart(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """A task outside the HTTP request that it is for: with a request that is cancelled, Serve cancels its calls."""
+    return asyncio.create_task(call, context=contextvars.Context())
 
 
 def _refused(submitting: "asyncio.Task[None]") -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.anyio
 
 REQUEST = Request("r1", (1, 2), SamplingParams())
 LIMITS = Limits(max_model_len=100, max_requests=4)
+
+
+http_request: ContextVar[str] = ContextVar("http_request")
 
 
 class Stream:
@@ -54,6 +58,7 @@ class Handle:
         self.streams: list[Stream] = []
         self.calls: list[tuple[str, Any]] = []
         self.answers: dict[str, asyncio.Future[Any]] = {}
+        self.on_behalf_of: dict[str, str | None] = {}
 
     def options(self, *, stream: bool) -> "Handle":
         return self
@@ -73,6 +78,7 @@ class Handle:
 
     def _call(self, name: str, args: Any) -> Any:
         self.calls.append((name, args))
+        self.on_behalf_of[name] = http_request.get(None)
         if name == "attach":
             self.streams.append(Stream())
             return self.streams[-1]
@@ -118,6 +124,19 @@ async def test_outputs_come_until_one_has_a_finish(client: HandleClient, handle:
     assert await task == outputs
     assert client.limits() == LIMITS
     assert not handle.called("cancel")
+
+
+async def test_calls_of_a_request_are_not_its_children(client: HandleClient, handle: Handle) -> None:
+    """Serve cancels the calls that a cancelled HTTP request has made, which it knows by a context variable."""
+    http_request.set("r1")
+    handle.will_answer("submit", None)
+    task = asyncio.create_task(collect(client))
+    await settle()
+    task.cancel()
+    await settle()
+    assert handle.called("cancel") == [(["r1"],)]
+    assert handle.on_behalf_of["submit"] is None
+    assert handle.on_behalf_of["cancel"] is None
 
 
 @pytest.mark.parametrize(
