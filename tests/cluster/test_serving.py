@@ -97,7 +97,7 @@ def test_a_full_queue_is_a_429_with_retry_after(server: Server) -> None:
         answers = await asyncio.gather(
             *(
                 client.completions.create(
-                    model="demo", prompt="x", max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+                    model="demo", prompt="x", max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
                 )
                 for _ in range(60)
             ),
@@ -168,6 +168,7 @@ def test_every_shard_computed_something(server: Server) -> None:
     assert len({shard["pid"] for shard in shards} | {server.detail()["router_pid"]}) == 3
 
 
+@pytest.mark.slow
 def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> None:
     port = server.detail()["metrics_port"]
 

@@ -33,6 +33,7 @@ def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
     assert name in started.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_every_process_it_started() -> None:
     with serving("fabric.kind=local", "experts.shards=3") as server:
         pids = [server.detail()["router_pid"], *_descendants(server.process.pid)]
@@ -42,6 +43,7 @@ def test_sigterm_ends_every_process_it_started() -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_joined_is_left_as_it_was_found() -> None:
     """Twice on the same port: what the first leaves behind would refuse the second."""
     with pytest.MonkeyPatch.context() as patch:
