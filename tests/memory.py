@@ -1,0 +1,20 @@
+"""How much memory tensors take at most while something runs, on a CPU."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch.profiler import ProfilerActivity, profile
+
+Result = TypeVar("Result")
+
+
+def peak_of_tensors(action: Callable[[], Result]) -> tuple[Result, int]:
+    """(result, peak of bytes that torch's CPU allocator held beyond those it held before)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = action()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return result, peak
