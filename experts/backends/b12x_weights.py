@@ -1,7 +1,6 @@
 """B12xWeights: the experts of one layer in the memory that the kernel reads. e local slots, D hidden, I intermediate."""
 
 import torch
-from torch import Tensor
 
 from experts.backends.b12x_layout import (
     PreparedExpert,
