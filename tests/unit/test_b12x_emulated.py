@@ -55,7 +55,9 @@ def slow_fp4(row: Tensor, gs: float) -> Tensor:
     return torch.tensor(out)
 
 
-def slow_moe(experts: list[ExpertWeights], x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, static: bool) -> Tensor:
+def slow_moe(
+    experts: list[ExpertWeights], x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, static: bool
+) -> Tensor:
     """Exact scales; experts whose gate and up share a multiplier. Static or dynamic, in the order of slots."""
     intermediate, hidden = experts[0].down.packed.shape[1] * 2, x_TD.shape[1]
     width = 256 if static else 128
@@ -303,5 +305,7 @@ def test_exact_scales_beat_baked_ones() -> None:
         reference.write_slot(LAYER, slot, expert)
     case = call(64, 3, 128, seed=12)
     truth_TD = forward(reference, case)
-    exact, baked = (relative(forward(whole(128, 256, scales), case), truth_TD) for scales in ("exact", "baked"))
+    exact, baked = (
+        relative(forward(whole(128, 256, scales), case), truth_TD) for scales in ("exact", "baked")
+    )
     assert exact < baked, (exact, baked)
