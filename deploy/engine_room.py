@@ -70,7 +70,7 @@ def _local(
                 checkpoint,
                 placement,
                 rank=rank,
-                backend=resolve_backend(experts.backend),
+                backend=resolve_backend(experts.backend, device=device, weights_only=checkpoint.weights_only),
                 dtype=dtype,
                 device=device,
             )

@@ -52,7 +52,7 @@ class ShardActor:
                 checkpoint,
                 placement,
                 rank=self._rank,
-                backend=resolve_backend(spec.backend),
+                backend=resolve_backend(spec.backend, device=device, weights_only=checkpoint.weights_only),
                 dtype=resolve_dtype(spec.dtype, device=device),
                 device=device,
             )
