@@ -1,7 +1,7 @@
 """How much memory tensors take at most while something runs, on a CPU."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,7 +13,9 @@ def peak_of_tensors(action: Callable[[], Result]) -> tuple[Result, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = action()
     now = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+    assert profiler.profiler is not None
+    events: list[Any] = profiler.profiler.kineto_results.events()
+    for event in events:
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)

@@ -60,6 +60,7 @@ class W4A4Layer:
 
     def __init__(self, shape: MoEShape, num_slots: int, device: torch.device, *, scales: Scales) -> None:
         self.weights = B12xWeights(shape, num_slots, device, scales=scales)
+        self._written: set[int] = set()
         self._static: Any = None
         self._dynamic: Any = None
         self._shared_input_scale = self.weights.input_scale
@@ -71,13 +72,14 @@ class W4A4Layer:
     def write_slot(self, slot: int, expert: ExpertWeights) -> None:
         """Unbinds: the library folds w13_alpha and input_scale into a tensor of its own, which is now old."""
         self.weights.write_slot(slot, expert)
+        self._written.add(slot)
         self._static = self._dynamic = None
 
     def bind(self, workspaces: W4A4Workspaces) -> None:
         """Make the wrappers. Waits for the device, once."""
         self._static_tokens = STATIC_PAIRS // workspaces.top_k
         self._static, self._dynamic = (_wrapper(self.weights, workspaces) for _ in range(2))
-        self._shared_input_scale = _one_if_equal(self.weights.input_scale)
+        self._shared_input_scale = _one_if_equal(self.weights.input_scale, sorted(self._written))
 
     def run(self, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, out_TD: Tensor) -> None:
         is_static, weights = x_TD.shape[0] <= self._static_tokens, self.weights
@@ -98,10 +100,11 @@ class W4A4Layer:
         )
 
 
-def _one_if_equal(scale_e: Tensor) -> Tensor:
-    """[1] if all slots agree, else scale_e itself: the same numbers either way, and the same on every shard."""
+def _one_if_equal(scale_e: Tensor, slots: list[int]) -> Tensor:
+    """[1] if these slots agree, else scale_e itself: the same numbers either way, on every shard."""
     with torch.inference_mode(False):  # the wrapper reads `_version`
-        return scale_e[:1].clone() if bool((scale_e == scale_e[0]).all()) else scale_e
+        scale_s = scale_e[slots]
+        return scale_s[:1].clone() if slots and bool((scale_s == scale_s[0]).all()) else scale_e
 
 
 def _wrapper(weights: B12xWeights, workspaces: W4A4Workspaces) -> Any:

@@ -123,6 +123,21 @@ def test_a_dynamic_call_moves_one_scale_per_expert(backend: B12xBackend, recorde
     assert count.names.count("aten::clone") == 1
 
 
+@pytest.mark.parametrize(
+    ("seeds", "numel"), [((5, 5, 5), 1), ((5, 6, 5), NUM_SLOTS)], ids=["equal", "different"]
+)
+def test_a_dynamic_call_shares_the_input_scale_if_experts_do(
+    recorder: Recorder, seeds: tuple[int, ...], numel: int
+) -> None:
+    """A spare slot has no say."""
+    made = B12xBackend(SHAPE, NUM_SLOTS, torch.bfloat16, CPU, max_tokens=MAX_TOKENS)
+    for slot, seed in enumerate(seeds):
+        expert = random_expert(SHAPE, 0)
+        made.write_slot(0, slot, replace(expert, input_scale=torch.tensor(float(seed))))
+    forward(made, 0, arguments(200))
+    assert cast(Any, made._layers[0])._shared_input_scale.numel() == numel
+
+
 def test_calls_leave_nothing_behind(backend: B12xBackend, recorder: Recorder) -> None:
     from flashinfer.fused_moe.cute_dsl.blackwell_sm12x import moe_dispatch
 
@@ -317,9 +332,12 @@ def test_refuses_another_dtype(recorder: Recorder) -> None:
         B12xBackend(SHAPE, 1, torch.float32, CPU)
 
 
-SPARK = Machine(
-    (12, 1), 13, {"flashinfer-python": "0.7.2.post1", "nvidia-cutlass-dsl": "4.7.1", "triton": "3.9.0"}
-)
+PACKAGES: dict[str, str | None] = {
+    "flashinfer-python": "0.7.2.post1",
+    "nvidia-cutlass-dsl": "4.7.1",
+    "triton": "3.9.0",
+}
+SPARK = Machine((12, 1), 13, PACKAGES)
 
 
 @pytest.mark.parametrize(
@@ -334,14 +352,14 @@ SPARK = Machine(
             "needs flashinfer-python 0.7.2.post1, and none is installed; run `pip",
         ),
         (
-            replace(SPARK, installed=SPARK.installed | {"flashinfer-python": "0.7.0"}),
+            replace(SPARK, installed=PACKAGES | {"flashinfer-python": "0.7.0"}),
             "needs flashinfer-python 0.7.2.post1, and 0.7.0 is installed",
         ),
         (
-            replace(SPARK, installed=SPARK.installed | {"nvidia-cutlass-dsl": "4.5.0"}),
+            replace(SPARK, installed=PACKAGES | {"nvidia-cutlass-dsl": "4.5.0"}),
             "needs nvidia-cutlass-dsl",
         ),
-        (replace(SPARK, installed=SPARK.installed | {"triton": None}), "needs triton, and none is installed"),
+        (replace(SPARK, installed=PACKAGES | {"triton": None}), "needs triton, and none is installed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -357,7 +375,7 @@ def test_auto_goes_by_device_and_checkpoint() -> None:
     assert library.choose(replace(SPARK, capability=(9, 0)), weights_only=False) == "torch"
     assert library.choose(Machine(None, None, {}), weights_only=True) == "torch"
     with pytest.raises(ValueError, match="triton"):
-        library.choose(replace(SPARK, installed=SPARK.installed | {"triton": None}), weights_only=False)
+        library.choose(replace(SPARK, installed=PACKAGES | {"triton": None}), weights_only=False)
 
 
 def test_buckets() -> None:
