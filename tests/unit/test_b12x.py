@@ -309,6 +309,34 @@ def _block_times_global(packed: Any, name: str) -> Tensor:
     return value * getattr(packed, f"{name}_global_scale").flatten()[:, None]
 
 
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 256])
+def test_w4a16_launches_on_the_repacked_weights(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    from flashinfer.fused_moe.cute_dsl.blackwell_sm12x import moe_dispatch
+
+    launches: list[tuple[Any, ...]] = []
+
+    def record(x_TD: Tensor, packed: Any, w_TK: Tensor, ids_TK: Tensor, **others: Any) -> Tensor:
+        launches.append((x_TD, packed, w_TK, ids_TK, others["output"], others["expert_map"]))
+        return others["output"]
+
+    monkeypatch.setattr(moe_dispatch, "run_w4a16_moe", record)
+    made, case = make(mode="w4a16"), arguments(num_tokens)
+    forward(made, 1, case)
+    with CountOperations() as count:
+        forward(made, 1, case)
+    assert set(count.names) <= {"aten::max", "aten::item"}, "nothing is copied"
+    for x_TD, packed, w_TK, ids_TK, out_TD, expert_map in launches:
+        ours = [case["x_TD"], case["w_TK"], case["local_TK"], case["out_TD"]]
+        theirs = [x_TD, w_TK, ids_TK, out_TD]
+        assert [one.data_ptr() for one in ours] == [one.data_ptr() for one in theirs]
+        assert packed is cast(Any, made._layers[1]).packed
+        assert packed.num_experts == NUM_SLOTS
+        assert expert_map is None, "which would turn the kernels for few tokens off"
+    assert moe_dispatch._W4A16_WEIGHT_CACHE == {}, "the library keeps no copy of its own"
+
+
 def test_w4a16_weights_are_written_in_place_without_a_second_copy(recorder: Recorder) -> None:
     shape, num_slots = MoEShape(1, (0,), 16, hidden=1024, intermediate=768), 16
     expert, one = random_expert(shape, 0), (1024 * 768 * 3) * 9 // 16
