@@ -13,8 +13,8 @@ def peak_of_tensors(action: Callable[[], Result]) -> tuple[Result, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = action()
     now = peak = 0
-    assert profiler.profiler is not None
-    events: list[Any] = profiler.profiler.kineto_results.events()
+    legacy: Any = profiler.profiler
+    events: list[Any] = legacy.kineto_results.events()
     for event in events:
         if event.name() == "[memory]":
             now += event.nbytes()
