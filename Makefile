@@ -27,7 +27,7 @@ clean:
 
 # torch goes first and alone: any looser request for it may fetch another, larger build.
 .venv/.torch: constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("sparkmoe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "sparkmoe needs Python 3.11, 3.12 or 3.13")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	touch $@

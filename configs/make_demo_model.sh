@@ -3,8 +3,7 @@
 set -euo pipefail
 src=$1 dst=$2
 here=$(cd "$(dirname "$0")" && pwd)
-"$here/../.venv/bin/sparkmoe" quantize "$src" "$dst"
-for file in model.safetensors hf_quant_config.json config.json tokenizer.json; do
-    cmp "$dst/$file" "$here/demo-model/$file"
-done
+# On the CPU, where calibration is in float32: on a GPU it would be in bfloat16, and its scales others.
+CUDA_VISIBLE_DEVICES='' "$here/../.venv/bin/sparkmoe" quantize "$src" "$dst"
+diff -r --exclude README.md --exclude heldout.txt "$dst" "$here/demo-model"
 echo "$dst equals configs/demo-model"

@@ -1,5 +1,6 @@
 """`import_path: deploy.app:build`: the Serve application that a config file names."""
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,11 +8,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from deploy import logs
 from deploy.client import HandleClient
 from deploy.config import AppArgs
-from deploy.ingress import build_ingress
+from deploy.ingress import Served, build_ingress
 from deploy.replica import RouterReplica
 from router.model_config import check_family, read_config, shape_of
+
+logger = logging.getLogger(__name__)
 
 MANY = 100_000
 """Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
@@ -25,6 +29,7 @@ class IngressReplica:
     """Answers HTTP. Serve calls `__serve_build_asgi_app__` after the constructor, in the replica's event loop."""
 
     def __init__(self, router: DeploymentHandle, args: AppArgs) -> None:
+        logs.configure()
         self._args = args
         self._client = HandleClient(router)
         self._client.start()
@@ -33,15 +38,13 @@ class IngressReplica:
         await self._client.stop()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from router.tokenizer import Tokenizer  # transformers, for which `build` need not wait
+        # transformers, for which `build` need not wait
+        from router.tokenizer import Tokenizer, sampling_defaults
 
-        model = self._args.model
-        return build_ingress(
-            client=self._client,
-            tokenizer=Tokenizer(model.path),
-            model_name=model.name,
-            max_model_len=shape_of(read_config(model.path)).max_model_len,
-        )
+        path, name = self._args.model.path, self._args.model.name
+        model = Served(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
+        logger.info("unless a request says otherwise: %s", model.defaults)
+        return build_ingress(client=self._client, tokenizer=Tokenizer(path), model=model)
 
 
 def build(args: AppArgs) -> Application:

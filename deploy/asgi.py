@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from uuid import uuid4
@@ -112,27 +112,60 @@ async def _disconnected(receive: Receive) -> None:
         logger.info("%s: the connection is lost: %s", request_id.get(), type(error).__name__)
 
 
-class EventStream(Response):
-    """Sends events as they are made, and closes their generator at once when cancelled.
+WAITING_S = 5.0
+"""A stream that has sent nothing for so long sends a comment: proxies cut a connection that is silent for a minute."""
 
-    The status waits for the first event, so an error before it is still answered with its own status.
+_WAITING = b": waiting\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they are made, comments while none are, and closes their generator at once when cancelled.
+
+    The status waits for the first event, up to WAITING_S: an error before is still answered with its own status.
+    A later one is the last event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, event_of: Callable[[Exception], bytes]
+    ) -> None:
         # The length is unknown; proxies must neither keep nor collect events.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._event_of = event_of
+        self._num_sent = 0
+        self._one_sends = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            event = await anext(events)
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+        waiting = asyncio.create_task(self._comment(send))
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await self._put(event, send)
+        except Exception as error:
+            if not self._num_sent:
+                raise
+            await self._put(self._event_of(error), send)
+        finally:
+            waiting.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _comment(self, send: Send) -> None:
+        """For ever: fill every silence with comments, which clients skip."""
+        while True:
+            before = self._num_sent
+            await asyncio.sleep(WAITING_S)
+            if self._num_sent == before:
+                await self._put(_WAITING, send)
+
+    async def _put(self, event: bytes, send: Send) -> None:
+        self._num_sent += 1
+        first = self._num_sent == 1
+        async with self._one_sends:
+            if first:
+                await send(
+                    {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                )
+            await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -35,11 +35,14 @@ def serve(
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # unset, parts of a cluster disagree about it
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # on unified memory it kills loading shards
-    from deploy.config import load
-    from deploy.launch import LaunchError, launch
+    try:
+        from deploy.config import load
+        from deploy.launch import LaunchError, launch
+    except KeyboardInterrupt:  # it takes a second
+        _fail("interrupted")
 
     try:
-        checked, raw = load(config, set_)
+        checked, raw = load(config, set_ or [])
         launch(checked, raw, address=address)
     except (ValueError, LaunchError) as error:
         _fail(str(error))
@@ -71,18 +74,14 @@ def status(
     url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000",
 ) -> None:
     """Whether a server is ready, and what its shards do."""
-    from deploy.launch import LaunchError, readiness
+    from deploy.readiness import LaunchError, describe, readiness
 
     try:
-        ready, reason, detail = readiness(url)
+        ready, reason, detail = readiness(url if "://" in url else f"http://{url}")
     except LaunchError as error:
         _fail(str(error))
-    typer.echo(f"{'ready' if ready else f'not ready: {reason}'}")
-    for key, value in detail.items():
-        if key != "shards":
-            typer.echo(f"  {key}: {value}")
-    for shard in detail.get("shards", []):
-        typer.echo("  shard " + ", ".join(f"{key} {value}" for key, value in shard.items()))
+    for line in describe(ready, reason, detail):
+        typer.echo(line)
     raise typer.Exit(0 if ready else 1)
 
 

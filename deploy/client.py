@@ -1,21 +1,47 @@
 """The ingress's way to the engine: an EngineClient over a Serve handle."""
 
 import asyncio
+import contextvars
 import logging
 import uuid
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.engine_client import Readiness, RouterLost
+from deploy.engine_client import Limits, Readiness, RouterLost
 from deploy.spec import Refusal
 from router.request import QueueFull, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.2
+RENEW_S = 2.0
+"""A router drops an ingress that is silent for several times as long."""
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Attachment:
+    """To one router. inbox: outputs by request. lost: done once this router holds nothing of ours any more."""
+
+    name: str
+    lost: asyncio.Future[RouterLost]
+    inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = field(default_factory=dict)
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if inbox := self.inbox.get(output.id):
+                inbox.put_nowait(output)
+
+    def lose(self, error: RouterLost) -> None:
+        self.lost.set_result(error)
+        for inbox in self.inbox.values():
+            inbox.put_nowait(error)
 
 
 class HandleClient:
@@ -24,11 +50,11 @@ class HandleClient:
     def __init__(self, router: DeploymentHandle) -> None:
         self._router = router
         self._stream = router.options(stream=True)
-        self._name = ""
-        self._inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = {}
-        self._lost = RouterLost("the router has not started yet")
-        self._attached = False
+        self._attachment: _Attachment | None = None
+        self._why_not = RouterLost("the router has not started yet")
+        self._limits: Limits | None = None
         self._listener: asyncio.Task[None] | None = None
+        self._withdrawing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Attach to the router, and again whenever it is replaced."""
@@ -40,68 +66,125 @@ class HandleClient:
         self._listener.cancel()
         await asyncio.gather(self._listener, return_exceptions=True)
 
+    def limits(self) -> Limits:
+        """See EngineClient."""
+        if self._limits is None:
+            raise self._why_not
+        return self._limits
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See EngineClient."""
-        if not self._attached:
-            raise self._lost
-        inbox = self._inbox[request.id] = asyncio.Queue()
-        finished = False
+        attachment = self._attached()
+        inbox = attachment.inbox[request.id] = asyncio.Queue()
+        submitting = _apart(self._submit(attachment, request))
+        held = True  # by the router, as far as we know
         try:
-            await self._submit(request)
-            while not finished:
+            await asyncio.shield(submitting)
+            while held:
                 output = await inbox.get()
                 if isinstance(output, RouterLost):
-                    finished = True
                     raise output
-                finished = output.finish is not None
+                held = output.finish is None
                 yield output
         finally:
-            self._inbox.pop(request.id, None)
-            if not finished and self._attached:
-                self._router.cancel.remote([request.id])
+            del attachment.inbox[request.id]
+            if held and not _refused(submitting):
+                withdrawing = _apart(self._withdraw(attachment, request.id, submitting))
+                self._withdrawing.add(withdrawing)
+                withdrawing.add_done_callback(self._withdrawing.discard)
 
     async def ready(self) -> Readiness:
         """See EngineClient."""
-        if not self._attached:
-            raise self._lost
-        return Readiness(**await self._router.readiness.remote())
+        attachment = self._attached()
+        return Readiness(**await _answer(self._router.readiness.remote(), attachment))
 
-    async def _submit(self, request: Request) -> None:
-        try:
-            refusal: Refusal | None = await self._router.submit.remote(self._name, request)
-        except RayActorError as error:
-            raise RouterLost("the router died") from error
+    def _attached(self) -> _Attachment:
+        if self._attachment is None:
+            raise self._why_not
+        return self._attachment
+
+    async def _submit(self, attachment: _Attachment, request: Request) -> None:
+        refusal: Refusal | None = await _answer(
+            self._router.submit.remote(attachment.name, request), attachment
+        )
         if refusal is None:
             return
         if refusal.kind == "full":
             raise QueueFull(refusal.retry_after_s)
         raise RouterLost(refusal.why) if refusal.kind == "lost" else ValueError(refusal.why)
 
+    async def _withdraw(
+        self, attachment: _Attachment, request_id: str, submitting: "asyncio.Task[None]"
+    ) -> None:
+        """Cancel a request that nobody reads. Once its submit is through: a cancel that overtook it would find nothing."""
+        await asyncio.wait([submitting])
+        if not _refused(submitting) and not attachment.lost.done():
+            self._router.cancel.remote([request_id])
+
     async def _listen(self) -> None:
         while True:
-            self._name = (
-                f"ingress-{uuid.uuid4().hex[:8]}"  # a router cancels what it held for the stream before
-            )
-            batches: Any = self._stream.attach.remote(self._name)
+            name = f"ingress-{uuid.uuid4().hex[:8]}"  # a router cancels what it held for the name before
+            batches: Any = self._stream.attach.remote(name)
             try:
-                async for batch in batches:
-                    self._attached = True
-                    for output in batch:
-                        if inbox := self._inbox.get(output.id):
-                            inbox.put_nowait(output)
-                why = "the router was stopped"
+                await self._take(name, batches)
+                why = "the router was stopped, or did not hear from this ingress"
             except asyncio.CancelledError:
                 batches.cancel()
                 raise
             except Exception as error:  # noqa: BLE001 however it ended, we attach again
                 why = f"the router died ({type(error).__name__})"
-                logger.warning("%s: %s", why, str(error).splitlines()[0] if str(error) else "")
+                logger.warning("%s: %s", why, str(error).partition("\n")[0])
             self._lose(why)
             await asyncio.sleep(RECONNECT_S)
 
+    async def _take(self, name: str, batches: Any) -> None:
+        """Hand outputs on until the router ends the stream. Its first item is Limits, all others are batches."""
+        self._limits = await anext(batches)
+        self._attachment = _Attachment(name, asyncio.get_running_loop().create_future())
+        renewing = asyncio.create_task(self._renew(name))
+        try:
+            async for batch in batches:
+                self._attachment.deliver(batch)
+        finally:
+            renewing.cancel()
+
+    async def _renew(self, name: str) -> None:
+        """Tell the router that we live, which the stream does not. If it is gone, the stream will end."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            try:
+                await asyncio.wait_for(self._router.renew.remote(name), RENEW_S)
+            except (TimeoutError, RayError, RayServeException) as error:
+                logger.warning("the router did not hear that we live: %s", type(error).__name__)
+
     def _lose(self, why: str) -> None:
         """Every request that the router held is over: its KV cache is gone."""
-        self._attached = False
-        self._lost = RouterLost(why)
-        for inbox in self._inbox.values():
-            inbox.put_nowait(self._lost)
+        attachment, self._attachment = self._attachment, None
+        self._why_not = RouterLost(why)
+        if attachment is not None:
+            attachment.lose(self._why_not)
+
+
+async def _answer(response: Awaitable[T], attachment: _Attachment) -> T:
+    """What the router answers. RouterLost if it dies first: Serve itself would wait for another one, for ever."""
+    answer = asyncio.ensure_future(response)
+    try:
+        await asyncio.wait({answer, attachment.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise attachment.lost.result()
+        return answer.result()
+    except RayTaskError:  # our bug
+        raise
+    except (RayError, RayServeException) as error:
+        raise RouterLost(f"the router died ({type(error).__name__})") from error
+    finally:
+        answer.cancel()
+
+
+def _apart(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """A task outside the HTTP request that it is for: with a request that is cancelled, Serve cancels its calls."""
+    return asyncio.create_task(call, context=contextvars.Context())
+
+
+def _refused(submitting: "asyncio.Task[None]") -> bool:
+    return submitting.done() and not submitting.cancelled() and submitting.exception() is not None

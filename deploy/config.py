@@ -1,13 +1,17 @@
 """One YAML file in, one checked object out. It is a Ray Serve config file, so Serve's own commands take it too."""
 
+import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from experts.config import Config, ExpertsConfig, FabricConfig
 from router.config import RouterConfig
+
+Amount = Annotated[float, Field(ge=0)]
 
 ROOT = Path(__file__).resolve().parents[1]
 """Relative paths of a config are from here: `build` never sees where the file was."""
@@ -30,7 +34,7 @@ class FleetConfig(Config):
     lease_s: float = Field(default=60.0, ge=5)
     """Shards outlive a dead router by this long; a new one that comes in time takes them over."""
 
-    shard_resources: dict[str, float] = Field(default_factory=dict)
+    shard_resources: dict[str, Amount] = Field(default_factory=dict)
     """What Ray reserves for one shard, e.g. {GPU: 1}; empty reserves a GPU where the cluster has any."""
 
     start_timeout_s: float = Field(default=1800.0, gt=0)
@@ -58,8 +62,19 @@ class HttpOptions(Config):
 
     port: int = Field(default=8000, ge=1, le=65535)
     root_path: str = ""
-    request_timeout_s: float | None = None
-    keep_alive_timeout_s: int = 5
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    keep_alive_timeout_s: int = Field(default=5, ge=0)
+
+
+class ActorOptions(Config):
+    """What Ray reserves for a replica."""
+
+    num_cpus: Amount | None = None
+    num_gpus: Amount | None = None
+    memory: Amount | None = None
+    resources: dict[str, Amount] = Field(default_factory=dict)
+    accelerator_type: str | None = None
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
 
 
 class RouterDeployment(Config):
@@ -68,21 +83,24 @@ class RouterDeployment(Config):
     """One: the KV cache of a request lives in one router."""
 
     user_config: RouterUserConfig
-    ray_actor_options: dict[str, Any] = Field(default_factory=dict)
+    ray_actor_options: ActorOptions = ActorOptions()
 
 
 class IngressDeployment(Config):
     name: Literal["Ingress"]
     num_replicas: int = Field(default=1, ge=1)
-    ray_actor_options: dict[str, Any] = Field(default_factory=dict)
+    ray_actor_options: ActorOptions = ActorOptions()
+
+
+DEPLOYMENTS: dict[str, type[Config]] = {"Router": RouterDeployment, "Ingress": IngressDeployment}
 
 
 class Application(Config):
-    name: str = "sparkmoe"
-    route_prefix: str = "/"
+    name: str = Field(default="sparkmoe", min_length=1)
+    route_prefix: str = Field(default="/", pattern="^/")
     import_path: Literal["deploy.app:build"]
     args: AppArgs
-    deployments: tuple[RouterDeployment | IngressDeployment, ...]
+    deployments: tuple[Annotated[RouterDeployment | IngressDeployment, Field(discriminator="name")], ...]
     runtime_env: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -100,10 +118,10 @@ class Application(Config):
 class ServeFile(Config):
     """The whole file. Serve ignores misspelt deployment fields; we do not."""
 
-    proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "HeadOnly"
+    proxy_location: Literal["HeadOnly", "EveryNode"] = "HeadOnly"
     http_options: HttpOptions = HttpOptions()
     logging_config: dict[str, Any] = Field(default_factory=dict)
-    applications: tuple[Application] = Field(min_length=1)
+    applications: tuple[Application]
 
     @property
     def url(self) -> str:
@@ -111,20 +129,18 @@ class ServeFile(Config):
         return f"http://{host}:{self.http_options.port}{self.applications[0].route_prefix.rstrip('/')}"
 
 
-def load(path: Path, overrides: list[str] | None = None) -> tuple[ServeFile, dict[str, Any]]:
+def load(path: Path, overrides: Sequence[str] = ()) -> tuple[ServeFile, dict[str, Any]]:
     """(the checked file, the same as the plain dict that Serve is given). ValueError says what to mend, and where.
 
     overrides: `dotted.key=value` from the command line, see `override`.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = _parse(path.read_bytes(), where=str(path))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: must be a mapping with the key `applications`")
-    for assignment in overrides or []:
+    for assignment in overrides:
         override(raw, assignment)
     try:
         checked = ServeFile.model_validate(raw)
@@ -135,47 +151,110 @@ def load(path: Path, overrides: list[str] | None = None) -> tuple[ServeFile, dic
     return checked, raw
 
 
-def explain(error: ValidationError) -> str:
-    """One sentence with the dotted path of every mistake."""
-    parts = []
-    for mistake in error.errors():
-        where = ".".join(
-            str(part) for part in mistake["loc"] if part not in ("RouterDeployment", "IngressDeployment")
-        )
-        what = (
-            "unknown key"
-            if mistake["type"] == "extra_forbidden"
-            else mistake["msg"].removeprefix("Value error, ")
-        )
-        parts.append(f"{where}: {what}" if where else what)
-    return "; ".join(parts)
-
-
 def override(raw: dict[str, Any], assignment: str) -> None:
     """`experts.shards=3` finds its place by name: in the Router's user_config, the args, or the file itself."""
     key, equals, text = assignment.partition("=")
     if not equals:
-        raise ValueError(f"--set {assignment}: must be dotted.key=value")
-    value = yaml.safe_load(text)
+        raise ValueError(f"--set {_line(assignment)}: must be dotted.key=value")
+    value = _parse(text, where=f"--set {_line(assignment)}")
     *parents, leaf = key.split(".")
-    top = key.split(".")[0]
-    place = _home(raw, top, assignment)
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ValueError(f"--set {assignment}: {parent} is not a mapping")
+    try:
+        place = _home(raw, key.split(".")[0])
+        for parent in parents:
+            place = _below(place, parent)
+    except ValueError as error:
+        raise ValueError(f"--set {_line(assignment)}: {_line(str(error))}") from error
     place[leaf] = value
 
 
-def _home(raw: dict[str, Any], top: str, assignment: str) -> dict[str, Any]:
-    application = (raw.get("applications") or [{}])[0]
+def explain(error: ValidationError) -> str:
+    """One sentence with the dotted path of every mistake."""
+    return _line(
+        "; ".join(_explain(one["type"], one["loc"], one["msg"], one.get("ctx", {})) for one in error.errors())
+    )
+
+
+def _explain(kind: str, loc: tuple[int | str, ...], message: str, context: dict[str, Any]) -> str:
+    where = ".".join(str(step) for at, step in enumerate(loc) if not _is_tag(loc, at))
+    match kind:
+        case "extra_forbidden":
+            what = "unknown key" + _suggest(str(loc[-1]), _keys(loc[:-1]))
+        case "missing":
+            what = "missing"
+        case "union_tag_not_found":
+            where, what = f"{where}.name", "missing"
+        case "union_tag_invalid":
+            tag = str(context["tag"])
+            where = f"{where}.name"
+            what = f"must be {' or '.join(DEPLOYMENTS)}, not {tag}" + _suggest(tag, DEPLOYMENTS)
+        case _:
+            what = message.removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
+def _is_tag(loc: tuple[int | str, ...], at: int) -> bool:
+    """Whether a step of a path is one that pydantic puts in: which kind of deployment it took it for."""
+    return at >= 2 and loc[at - 2] == "deployments" and loc[at] in DEPLOYMENTS
+
+
+def _suggest(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """What may stand in the mapping at this place of the file."""
+    here: Any = ServeFile
+    for at, step in enumerate(loc):
+        if isinstance(step, int):
+            here = get_args(here)[0]
+        else:
+            here = DEPLOYMENTS[step] if _is_tag(loc, at) else here.model_fields[step].annotation
+    return list(here.model_fields)
+
+
+def _home(raw: dict[str, Any], top: str) -> dict[str, Any]:
+    """The mapping in which `top` stands."""
     if top in RouterUserConfig.model_fields:
-        routers = [d for d in application.get("deployments", []) if d.get("name") == "Router"]
-        if routers:
-            return routers[0].setdefault("user_config", {})
+        return _below(_router(_application(raw)), "user_config")
     if top in AppArgs.model_fields:
-        return application.setdefault("args", {})
+        return _below(_application(raw), "args")
     if top in ServeFile.model_fields:
         return raw
     known = [*RouterUserConfig.model_fields, *AppArgs.model_fields, *ServeFile.model_fields]
-    raise ValueError(f"--set {assignment}: unknown key {top!r}; known are {', '.join(known)}")
+    raise ValueError(f"unknown key {top!r}; known are {', '.join(known)}{_suggest(top, known)}")
+
+
+def _application(raw: dict[str, Any]) -> dict[str, Any]:
+    match raw.get("applications"):
+        case [dict() as application, *_]:
+            return application
+    raise ValueError("the file has no application")
+
+
+def _router(application: dict[str, Any]) -> dict[str, Any]:
+    match application.get("deployments"):
+        case list() as deployments:
+            for deployment in deployments:
+                if isinstance(deployment, dict) and deployment.get("name") == "Router":
+                    return deployment
+    raise ValueError("the application has no deployment Router")
+
+
+def _below(place: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at `key`, which is made if there is none."""
+    below = place[key] = {} if place.get(key) is None else place[key]
+    if not isinstance(below, dict):
+        raise ValueError(f"{key} is not a mapping")
+    return below
+
+
+def _parse(text: str | bytes, *, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets through whatever int(), a date or a regex raises
+        raise ValueError(f"{where}: not valid YAML: {_line(str(error))}") from error
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

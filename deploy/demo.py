@@ -1,53 +1,65 @@
 """`make demo`: start configs/demo.yaml, ask it two questions with the openai client, stop it again."""
 
-import contextlib
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+from deploy.readiness import readiness
+from deploy.server_process import NotReady, server_process
 
 START_TIMEOUT_S = 300
-STOP_TIMEOUT_S = 60
 
 
 def main() -> None:
-    with _server() as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        question = "Write a Python function: Return the sum of two numbers."
-        print(f"\n--- chat: {question}")
-        chat = client.chat.completions.create(
-            model="demo",
-            messages=[{"role": "user", "content": question}],
-            max_tokens=120,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        num_characters = _print_stream(chat, lambda choice: choice.delta.content)
-        print("\n--- completion: def read_file(path):")
-        completion = client.completions.create(
-            model="demo",
-            prompt="def read_file(path):\n",
-            max_tokens=120,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        num_characters *= _print_stream(completion, lambda choice: choice.text)
-        _print_shards(url)
-    if not num_characters:
+    print("starting a router and two expert shards ...", flush=True)
+    began = time.monotonic()
+    try:
+        with server_process(Path("configs/demo.yaml"), start_timeout_s=START_TIMEOUT_S) as (url, _):
+            print(f"ready after {time.monotonic() - began:.1f} s")
+            answered = _ask(url)
+            _print_shards(url)
+    except NotReady as error:
+        sys.exit(f"{error}; its messages are above")
+    if not answered:
         sys.exit("an answer had no text")
 
 
-def _print_stream(chunks: Iterable[Any], text_of: Any) -> int:
-    """Print text as it comes, then the time to the first of it and the rate after; how many characters came."""
+def _ask(url: str) -> bool:
+    """Two questions; whether both answers had text."""
+    from openai import OpenAI  # a second, which the start of the server need not wait for
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "max_tokens": 120,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    question = "Write a Python function: Return the sum of two numbers."
+    print(f"\n--- chat: {question}")
+    messages: Any = [{"role": "user", "content": question}]
+    chat = _print_stream(
+        lambda: client.chat.completions.create(messages=messages, **asked),
+        lambda choice: choice.delta.content,
+    )
+    prompt = "def read_file(path):\n"
+    print(f"\n--- completion: {prompt.strip()}")
+    completion = _print_stream(
+        lambda: client.completions.create(prompt=prompt, **asked), lambda choice: choice.text
+    )
+    return bool(chat and completion)
+
+
+def _print_stream(ask: Callable[[], Any], text_of: Callable[[Any], str | None]) -> int:
+    """Print text as it comes, then the time to the first of it and the rate after; how many characters came.
+
+    ask: sends the request. The answer's headers come with its first event, so the clock starts before it.
+    """
     began, first, num_characters, num_tokens = time.perf_counter(), 0.0, 0, 0
-    for chunk in chunks:
+    for chunk in ask():
         if chunk.usage:
             num_tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:
@@ -62,52 +74,12 @@ def _print_stream(chunks: Iterable[Any], text_of: Any) -> int:
 
 
 def _print_shards(url: str) -> None:
-    from deploy.launch import readiness  # torch, for which the server's start need not wait
-
     _, _, detail = readiness(url)
     print(f"\n--- router: pid {detail['router_pid']}, {detail['num_steps']} steps")
     for shard in detail["shards"]:
         print(
             f"    shard {shard['rank']}: pid {shard['pid']}, {shard['num_pairs']} (token, expert) pairs computed"
         )
-
-
-@contextlib.contextmanager
-def _server() -> Iterator[str]:
-    """`sparkmoe serve` in a process of its own, on a free port; stopped as Ctrl-C would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "deploy",
-        "serve",
-        "configs/demo.yaml",
-        "--set",
-        f"http_options.port={port}",
-    ]
-    print("starting a router and two expert shards ...", flush=True)
-    began = time.monotonic()
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watchdog = signal.signal(signal.SIGALRM, lambda *_: server.kill())
-    signal.alarm(START_TIMEOUT_S)
-    try:
-        assert server.stdout is not None
-        ready = next((line for line in server.stdout if line.startswith("ready ")), None)
-        signal.alarm(0)
-        if ready is None:
-            sys.exit("the server did not start; its messages are above")
-        print(f"ready after {time.monotonic() - began:.1f} s")
-        yield ready.split()[1]
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, watchdog)
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
 if __name__ == "__main__":

@@ -28,8 +28,20 @@ class Readiness:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of the engine. max_model_len: tokens of a prompt and its answer together. max_requests: running and waiting."""
+
+    max_model_len: int
+    max_requests: int
+
+
 class EngineClient(Protocol):
     """What the ingress asks of the engine."""
+
+    def limits(self) -> Limits:
+        """Of the engine that serves, or served last. Raises RouterLost while none has been reached yet."""
+        ...
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Outputs until one has `finish`. Closing it, or cancelling the task that reads it, cancels the request.
@@ -101,11 +113,14 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
                 429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s
             ) from error
         except RouterLost as error:
-            message = f"No router is serving; if one died, the requests it held were lost with it: {error}"
-            raise _unavailable(message) from error
+            raise no_router(error) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
     raise AssertionError(f"{request.id}: the engine's outputs ended without a finish")
+
+
+def no_router(error: RouterLost) -> ApiError:
+    return _unavailable(f"No router is serving; if one died, the requests it held were lost with it: {error}")
 
 
 def _unavailable(message: str) -> ApiError:

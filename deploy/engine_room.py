@@ -11,7 +11,8 @@ from experts.backends import resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.config import ExpertsConfig
 from experts.device import default_device, resolve_dtype
-from experts.fabric import Fabric, Membership, PeerLost
+from experts.fabric import Fabric, Membership, StepFailed
+from experts.fabric.frames import max_rows
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
 from experts.placement import place_evenly
@@ -27,7 +28,7 @@ def build_engine(
     *,
     local: ExpertsConfig | None,
     on_outputs: Callable[[list[RequestOutput]], None],
-    on_lost: Callable[[PeerLost], None],
+    on_lost: Callable[[StepFailed], None],
 ) -> Engine:
     """An engine that has not started. local: the experts that it shall hold itself; None for fabric `tcp`."""
     torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
@@ -40,6 +41,7 @@ def build_engine(
     if local is not None:
         fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device)
     else:
+        _check_step(args, hidden=trunk.shape.hidden, wire_dtype=wire_dtype)
         fabric = TcpFabric(
             hidden=trunk.shape.hidden,
             wire_dtype=wire_dtype,
@@ -58,6 +60,16 @@ def build_engine(
     if members is not None:
         engine.adopt(members)
     return engine
+
+
+def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:
+    """Raises ValueError if the wire cannot carry the largest step."""
+    most = max_rows(hidden, wire_dtype)
+    if args.router.max_batch_tokens > most:
+        raise ValueError(
+            f"router.max_batch_tokens={args.router.max_batch_tokens}: fabric tcp carries at most {most} tokens "
+            f"of this model per step in {wire_dtype}"
+        )
 
 
 def _local(

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
@@ -14,12 +16,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from deploy.asgi import EventStream, RequestGuard, request_id
-from deploy.engine_client import EngineClient, Readiness, RouterLost, generate_all
+from deploy.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
 from deploy.errors import INTERNAL_ERROR, ApiError, answer_api_error, answer_http_error, invalid_body
 from deploy.openai_types import ChatCompletionRequest, CompletionRequest, ignored_fields
 from deploy.reply import Reply, server_sent, to_json
 from deploy.responses import ChatShape, CompletionShape, Shape, Vocabulary
-from router.request import Request, RequestOutput
+from router.request import Request, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +34,6 @@ Body = TypeVar("Body", bound=BaseModel)
 class Tokenizer(Vocabulary, Protocol):
     """What the ingress needs of router.tokenizer.Tokenizer. Used from any thread."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
     def encode(self, text: str, /) -> list[int]: ...
 
     def encode_chat(
@@ -44,11 +43,18 @@ class Tokenizer(Vocabulary, Protocol):
         ...
 
 
-def build_ingress(
-    *, client: EngineClient, tokenizer: Tokenizer, model_name: str, max_model_len: int
-) -> FastAPI:
-    """The endpoint as an ASGI application. max_model_len: tokens of prompt and answer together."""
-    ingress = Ingress(client, tokenizer=tokenizer, model_name=model_name, max_model_len=max_model_len)
+@dataclass(frozen=True)
+class Served:
+    """What the ingress must know of the model. defaults: of sampling, for what a request does not say."""
+
+    name: str
+    vocab_size: int
+    defaults: SamplingParams
+
+
+def build_ingress(*, client: EngineClient, tokenizer: Tokenizer, model: Served) -> FastAPI:
+    """The endpoint as an ASGI application."""
+    ingress = Ingress(client, tokenizer=tokenizer, model=model)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", ingress.chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", ingress.completions, methods=["POST"])
@@ -65,36 +71,35 @@ def build_ingress(
 class Ingress:
     """The routes."""
 
-    def __init__(
-        self, client: EngineClient, *, tokenizer: Tokenizer, model_name: str, max_model_len: int
-    ) -> None:
+    def __init__(self, client: EngineClient, *, tokenizer: Tokenizer, model: Served) -> None:
         self._client = client
         self._tokenizer = tokenizer
-        self._model_name = model_name
-        self._max_model_len = max_model_len
+        self._model = model
         self._created = int(time.time())
 
     async def chat_completions(self, http: HttpRequest) -> Response:
         body = _parse(ChatCompletionRequest, await http.body())
         self._check_model(body.model)
-        prompt = await self._encode_chat(body)
-        self._check_prompt(prompt, param="messages", token_limit=body.token_limit)
+        limits = self._limits()
+        _check_count(body.n, limits, param="n")
+        # In a thread: a long prompt must not hold up everybody's streams.
+        prompt = await asyncio.to_thread(self._encode_chat, body, limits)
         return await self._answer(body, [prompt], ChatShape(self._tokenizer))
 
     async def completions(self, http: HttpRequest) -> Response:
         body = _parse(CompletionRequest, await http.body())
         self._check_model(body.model)
-        prompts = await asyncio.to_thread(self._encode, body.prompt)
-        for prompt in prompts:
-            self._check_prompt(prompt, param="prompt", token_limit=body.token_limit)
+        limits = self._limits()
+        _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
+        prompts = await asyncio.to_thread(self._encode, body, limits)
         return await self._answer(body, prompts, CompletionShape(self._tokenizer))
 
     async def models(self) -> Response:
-        return _json_response({"object": "list", "data": [self._model()]})
+        return _json_response({"object": "list", "data": [self._description()]})
 
     async def model(self, name: str) -> Response:
         self._check_model(name)
-        return _json_response(self._model())
+        return _json_response(self._description())
 
     async def health(self) -> Response:
         """This process is alive; says nothing about the engine."""
@@ -109,19 +114,20 @@ class Ingress:
             state = Readiness(ready=False, reason=str(error))
         except TimeoutError:
             state = Readiness(ready=False, reason=f"the router did not answer within {READY_TIMEOUT_S} s")
-        report = {"ready": state.ready, "reason": state.reason, "detail": state.detail}
+        detail = {"ingress_pid": os.getpid(), **state.detail}
+        report = {"ready": state.ready, "reason": state.reason, "detail": detail}
         return _json_response(report, status=200 if state.ready else 503)
 
     async def _answer(
         self, body: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]], shape: Shape
     ) -> Response:
         reply_id = f"{shape.id_prefix}-{uuid4().hex}"
-        requests = _requests(body, prompts, reply_id)
+        requests = _requests(body, prompts, reply_id, self._model.defaults)
         reply = Reply(
             shape,
             reply_id=reply_id,
             created=int(time.time()),
-            model=self._model_name,
+            model=self._model.name,
             prompt_tokens=sum(map(len, prompts)),
             num_choices=len(requests),
             logprobs=requests[0].params.logprobs is not None,
@@ -129,53 +135,71 @@ class Ingress:
         )
         outputs = generate_all(self._client, requests)
         if body.stream:
-            return EventStream(_events(reply, outputs))
+            return EventStream(_events(reply, outputs), event_of=_error_event)
         async with aclosing(outputs):
             async for index, output in outputs:
                 reply.add(index, output)
         return Response(reply.whole(), media_type="application/json")
 
-    async def _encode_chat(self, body: ChatCompletionRequest) -> list[int]:
+    def _encode_chat(self, body: ChatCompletionRequest, limits: Limits) -> list[int]:
         messages = [message.for_template() for message in body.messages]
-        try:  # in a thread: a long prompt must not hold up everybody's streams
-            return await asyncio.to_thread(
-                self._tokenizer.encode_chat, messages, template_kwargs=body.chat_template_kwargs
-            )
+        try:
+            prompt = self._tokenizer.encode_chat(messages, template_kwargs=body.chat_template_kwargs)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
+        self._check_prompt(prompt, limits, param="messages", token_limit=body.token_limit)
+        return prompt
 
-    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return [self._tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    def _encode(self, body: CompletionRequest, limits: Limits) -> list[list[int]]:
+        prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
+        for prompt in prompts:
+            self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
+        return prompts
 
     def _check_model(self, name: str) -> None:
-        if name != self._model_name:
-            message = f"The model {name[:200]!r} does not exist; this server has {self._model_name!r}."
+        if name != self._model.name:
+            message = f"The model {name[:200]!r} does not exist; this server has {self._model.name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _check_prompt(self, prompt: list[int], *, param: str, token_limit: int | None) -> None:
+    def _check_prompt(
+        self, prompt: list[int], limits: Limits, *, param: str, token_limit: int | None
+    ) -> None:
+        """Whatever passes, the engine can run: it does not look at the ids again."""
         if not prompt:
             raise ApiError(400, "The prompt is empty.", param=param)
-        if min(prompt) < 0 or max(prompt) >= self._tokenizer.vocab_size:
-            message = f"The prompt has a token id outside the vocabulary of {self._tokenizer.vocab_size}."
+        if min(prompt) < 0 or max(prompt) >= self._model.vocab_size:
+            message = f"The prompt has a token id outside the vocabulary of {self._model.vocab_size}."
             raise ApiError(400, message, param=param)
         wanted = len(prompt) + (token_limit or 1)
-        if wanted > self._max_model_len:
+        if wanted > limits.max_model_len:
             raise ApiError(
                 400,
-                f"This model's maximum context length is {self._max_model_len} tokens, but {wanted} were asked for: "
+                f"This model's maximum context length is {limits.max_model_len} tokens, but {wanted} were asked for: "
                 f"{len(prompt)} in the prompt and {wanted - len(prompt)} to generate.",
                 param=param,
                 code="context_length_exceeded",
             )
 
-    def _model(self) -> dict[str, Any]:
+    def _limits(self) -> Limits:
+        try:
+            return self._client.limits()
+        except RouterLost as error:
+            raise no_router(error) from error
+
+    def _description(self) -> dict[str, Any]:
         return {
-            "id": self._model_name,
+            "id": self._model.name,
             "object": "model",
             "created": self._created,
             "owned_by": "sparkmoe",
-            "max_model_len": self._max_model_len,
+            "max_model_len": self._limits().max_model_len,
         }
+
+
+def _check_count(num_choices: int, limits: Limits, *, param: str) -> None:
+    if num_choices > limits.max_requests:
+        message = f"{num_choices} answers were asked for; this server holds at most {limits.max_requests} at a time."
+        raise ApiError(400, message, param=param)
 
 
 def _parse(kind: type[Body], sent: bytes) -> Body:
@@ -189,11 +213,14 @@ def _parse(kind: type[Body], sent: bytes) -> Body:
 
 
 def _requests(
-    body: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]], reply_id: str
+    body: ChatCompletionRequest | CompletionRequest,
+    prompts: list[list[int]],
+    reply_id: str,
+    defaults: SamplingParams,
 ) -> list[Request]:
     """n requests for each prompt; their places are the choices' indices."""
     try:
-        params = [body.sampling(choice) for choice in range(body.n)]
+        params = [body.sampling(choice, defaults) for choice in range(body.n)]
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
         raise ApiError(400, str(error), param=str(error).partition("=")[0]) from error
     return [
@@ -206,23 +233,20 @@ def _requests(
 async def _events(
     reply: Reply, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
 ) -> AsyncGenerator[bytes, None]:
-    """The reply, output by output. An error before the first event is raised; after it, it is the last event."""
-    started = False
+    """The reply, output by output."""
     async with aclosing(outputs):
-        try:
-            async for index, output in outputs:
-                if event := reply.event(index, output):
-                    yield event
-                    started = True
-        except Exception as error:
-            if not started:
-                raise
-            if not isinstance(error, ApiError):
-                logger.exception("%s: the stream failed", request_id.get())
-                error = INTERNAL_ERROR
-            yield server_sent(error.body().decode()).encode()
-            return
+        async for index, output in outputs:
+            if event := reply.event(index, output):
+                yield event
     yield reply.ending()
+
+
+def _error_event(error: Exception) -> bytes:
+    """What a stream that has begun tells of its failure."""
+    if not isinstance(error, ApiError):
+        logger.error("%s: the stream failed", request_id.get(), exc_info=error)
+        error = INTERNAL_ERROR
+    return server_sent(error.body().decode()).encode()
 
 
 def _json_response(content: Mapping[str, Any], *, status: int = 200) -> Response:

@@ -1,70 +1,137 @@
-"""`sparkmoe serve`: bring a checked config up on Ray, wait for a token, and take everything down again."""
+"""`sparkmoe serve`: bring a checked config up on Ray, wait for a token, watch it, and take everything down again."""
 
-import contextlib
-import json
-import logging
+import re
 import signal
 import socket
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-import ray
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve._private.api import serve_start
-from ray.serve.schema import ServeDeploySchema
+from pydantic import ValidationError
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from deploy.config import ServeFile
-from deploy.spec import NAMESPACE, fleet_name
+from deploy.cluster import Application, application, cluster, gist, ignore_interrupts, reach, tell
+from deploy.config import HttpOptions, ServeFile, explain
+from deploy.readiness import LaunchError, readiness
 from experts.checkpoint_index import CheckpointIndex
 from router.model_config import check_family
 
-POLL_S = 0.5
+POLL_S = 0.2
+WATCH_S = 3.0
 
-
-class LaunchError(Exception):
-    """The server could not be started or reached; a sentence for the terminal."""
+ROUTER_START_S = 60.0
+"""What the start may take beyond fleet.start_timeout_s."""
 
 
 def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
     """Serve until SIGINT or SIGTERM. Prints `ready URL` once a decode step has gone through every shard.
 
-    Raises ValueError for a config that cannot work and LaunchError if it does not come up.
+    Raises ValueError for a config that cannot work and LaunchError if it does not come up, or is lost. Ignores both
+    signals once it stops, for good: the process is to end.
     """
-    check(config)
+    check(config, address=address)
+    schema = _schema(raw)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
-        with _ray(address), _application(config, raw):
-            signal.signal(
-                signal.SIGTERM, _interrupt
-            )  # Ray's own handler is set by ray.init and prints a stack
-            _wait_until_ready(config)
+        with cluster(address), application(config.applications[0].name, schema) as app:
+            _wait_until_ready(config, app)
             print(f"ready {config.url}", flush=True)
-            while True:
-                time.sleep(1)
+            _watch(app)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        tell("stopped")
 
 
-def check(config: ServeFile) -> None:
-    """What can be known before anything is started: the checkpoint and the port."""
+def check(config: ServeFile, *, address: str) -> None:
+    """What can be known before anything is started: the checkpoint; the port, unless a Serve that runs may hold it;
+    that a cluster is where it is said to be."""
     application = config.applications[0]
-    check_family(application.args.model.path)
-    with CheckpointIndex(application.args.model.path) as checkpoint:
-        num_experts, num_shards = checkpoint.shape.num_experts, application.experts.shards
+    path, num_shards = application.args.model.path, application.experts.shards
+    check_family(path)
+    with CheckpointIndex(path) as checkpoint:
+        num_experts = checkpoint.shape.num_experts
         if checkpoint.format == "dense":
-            path = application.args.model.path
             raise ValueError(f"args.model.path: {path} is not quantised; run `sparkmoe quantize {path} DST`")
     if num_shards > num_experts:
         raise ValueError(
             f"experts.shards={num_shards} is more than the model's {num_experts} experts per layer: "
             "a shard without an expert would do nothing"
         )
-    http = config.http_options
+    if address == "local":
+        _check_port(config.http_options)
+    elif re.fullmatch(r"[^/]+:\d+", address):
+        _check_cluster(address)
+
+
+def complaints(details: dict[str, Any]) -> str:
+    """One line of what Serve finds wrong with an application; "" if nothing."""
+    ailing = {
+        name: deployment["message"]
+        for name, deployment in details["deployments"].items()
+        if deployment["status"] != "HEALTHY"
+    }
+    parts = [details["message"], *(f"{name}: {message}" for name, message in ailing.items() if message)]
+    return "; ".join(filter(None, map(gist, parts)))
+
+
+def _wait_until_ready(config: ServeFile, app: Application) -> None:
+    """Prints why not, whenever that changes. LaunchError if Serve gives up or it takes too long."""
+    limit_s = config.applications[0].args.fleet.start_timeout_s + ROUTER_START_S
+    ends = time.monotonic() + limit_s
+    told = ""
+    while True:
+        details = app.details()
+        if details is None or details["status"] == "DEPLOY_FAILED":
+            why = "it was deleted" if details is None else complaints(details)
+            raise LaunchError(f"the application did not start: {why}")
+        ready, reason, more = _readiness(config.url)
+        if ready:
+            return
+        if hopeless := more.get("hopeless"):
+            raise ValueError(hopeless)
+        why = "; ".join(filter(None, [reason, complaints(details)]))
+        if time.monotonic() > ends:
+            raise LaunchError(
+                f"not ready within {limit_s:.0f} s: {why or f'nothing answers at {config.url}'}"
+            )
+        if why not in ("", told):
+            tell(f"waiting: {why}")
+            told = why
+        time.sleep(POLL_S)
+
+
+def _readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
+    """As readiness(), of a server whose HTTP side may still be coming up."""
+    try:
+        return readiness(url)
+    except LaunchError:
+        return False, "", {}
+
+
+def _watch(app: Application) -> NoReturn:
+    """Prints how it is, whenever that changes: a router that died is replaced. LaunchError if there is nothing left."""
+    told = "RUNNING"
+    while True:
+        time.sleep(WATCH_S)
+        details = app.details()
+        if details is None:
+            raise LaunchError(f"the application {app.name} was deleted")
+        status = ApplicationStatus(details["status"]).value
+        news = ": ".join(filter(None, [status, complaints(details)]))
+        if news != told:
+            tell(f"{app.name} is {news}")
+            told = news
+
+
+def _schema(raw: dict[str, Any]) -> ServeDeploySchema:
+    """What Serve's own check of the file refuses becomes a sentence, as in `load`."""
+    try:
+        return ServeDeploySchema.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+
+
+def _check_port(http: HttpOptions) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -76,98 +143,14 @@ def check(config: ServeFile) -> None:
             ) from error
 
 
-def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
-    """(ready, why not, detail) of a server. Raises LaunchError if nothing answers."""
+def _check_cluster(address: str) -> None:
+    """Ray itself would try for minutes, and tell of each attempt."""
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=10) as response:
-            report = json.load(response)
-    except urllib.error.HTTPError as error:
-        try:
-            report = json.load(error)
-        except json.JSONDecodeError:
-            raise LaunchError(f"{url}/ready answered {error.code}, not ours") from error
+        reach(address)
     except OSError as error:
-        raise LaunchError(f"nothing answers at {url}: {error}") from error
-    return bool(report.get("ready")), str(report.get("reason", "")), report.get("detail", {})
+        raise LaunchError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 
 
-@contextlib.contextmanager
-def _ray(address: str) -> Iterator[None]:
-    """A Ray cluster of our own, which ends with us, or one that runs already."""
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            **options,
-        )
-    except ConnectionError as error:
-        raise LaunchError(f"no Ray cluster at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        with _uninterrupted():
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def _application(config: ServeFile, raw: dict[str, Any]) -> Iterator[None]:
-    """The application on Serve; at the end it, its shards and its Fleet are gone."""
-    name = config.applications[0].name
-    # What `serve run FILE` calls; there is no public function that takes a file (ray is pinned to 2.60).
-    schema = ServeDeploySchema.model_validate(raw)
-    client: Any = serve_start(
-        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
-    )
-    try:
-        client.deploy_apps(schema)
-        yield
-    finally:
-        with _uninterrupted():
-            serve.delete(name)
-            stop_fleet(name)
-
-
-def stop_fleet(app: str) -> None:
-    """Stop an application's shards now instead of when their lease lapses."""
-    with contextlib.suppress(ValueError, RayActorError):  # there is no Fleet; its death is the answer
-        fleet: Any = ray.get_actor(fleet_name(app), NAMESPACE)
-        ray.get(fleet.shutdown.remote(), timeout=10)
-
-
-def _wait_until_ready(config: ServeFile) -> None:
-    name = config.applications[0].name
-    told = ""
-    while True:
-        application = serve.status().applications.get(name)
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise LaunchError(
-                f"the application did not start: {application.message.strip().splitlines()[-1]}"
-            )
-        with contextlib.suppress(LaunchError):
-            ready, reason, detail = readiness(config.url)
-            if ready:
-                return
-            if hopeless := detail.get("hopeless"):
-                raise ValueError(hopeless)
-            if reason != told:
-                print(f"waiting: {reason}", file=sys.stderr, flush=True)
-                told = reason
-        time.sleep(POLL_S)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not leave half of it running."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    ignore_interrupts()
     raise KeyboardInterrupt

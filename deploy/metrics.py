@@ -34,6 +34,7 @@ class RouterMetrics:
         self._pairs = Gauge("sparkmoe_shard_pairs", "(token, expert) pairs a shard computed.", ("rank",))
         self._began: dict[str, float] = {}
         self._latest: dict[str, float] = {}
+        self._num_shards = 0  # the most there have been
 
     def submitted(self, request: Request) -> None:
         self._prompt.inc(len(request.prompt))
@@ -41,12 +42,11 @@ class RouterMetrics:
 
     def delivered(self, outputs: Sequence[RequestOutput]) -> None:
         now = time.monotonic()
-        num_tokens = sum(len(output.tokens) for output in outputs)
+        users = [output for output in outputs if output.id in self._began]  # the others are of our own probes
+        num_tokens = sum(len(output.tokens) for output in users)
         if num_tokens:
             self._generated.inc(num_tokens)
-        for output in outputs:
-            if output.id not in self._began:
-                continue
+        for output in users:
             if output.id in self._latest:
                 self._between.observe(now - self._latest[output.id])
             else:
@@ -62,10 +62,14 @@ class RouterMetrics:
             self._finished.inc(tags={"reason": reason})
         self._latest.pop(request_id, None)
 
-    def snapshot(self, status: "EngineStatus", shards: Sequence[ShardStats]) -> None:
+    def snapshot(self, status: "EngineStatus", shards: Sequence[ShardStats], *, num_shards: int) -> None:
+        """shards: those that answer; the gauge of one that does not stays as it is while there are so many shards."""
         self._running.set(status.num_running)
         self._waiting.set(status.num_waiting)
         self._kv_usage.set(1 - status.num_free_blocks / status.num_blocks)
         self._epoch.set(status.epoch)
-        for shard in shards:
-            self._pairs.set(shard.num_pairs, tags={"rank": str(shard.rank)})
+        computed = dict.fromkeys(range(num_shards, self._num_shards), 0)  # Ray cannot take a gauge back
+        computed |= {shard.rank: shard.num_pairs for shard in shards}
+        for rank, num_pairs in computed.items():
+            self._pairs.set(num_pairs, tags={"rank": str(rank)})
+        self._num_shards = max(self._num_shards, num_shards)

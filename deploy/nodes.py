@@ -1,7 +1,7 @@
 """On which node the next shard goes: a pure decision."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Strategy = Literal["auto", "spread", "pack"]
@@ -9,27 +9,57 @@ Strategy = Literal["auto", "spread", "pack"]
 
 @dataclass(frozen=True)
 class Node:
-    """A live node. num_shards: of this fleet that are there already; available: what Ray could still reserve."""
+    """A live node. total: what Ray may reserve there. available: what it still could, as of a moment ago."""
 
     id: str
-    num_shards: int
+    total: Mapping[str, float]
     available: Mapping[str, float]
 
 
-def choose_node(
-    nodes: Sequence[Node], *, resources: Mapping[str, float], strategy: Strategy, num_shards: int
-) -> str | None:
-    """The id of the node for one more of `num_shards` shards, or None: then wait until a node joins or frees room.
+@dataclass(frozen=True)
+class Seat:
+    """A shard's place. left: what its node has left with the shard there; empty once Ray's own numbers know that."""
 
+    node: str
+    left: Mapping[str, float] = field(default_factory=dict)
+
+
+def needs(nodes: Sequence[Node], stated: Mapping[str, float]) -> dict[str, float]:
+    """What Ray reserves for a shard: as stated, else a GPU if any node has one."""
+    return dict(stated) or ({"GPU": 1.0} if any(node.total.get("GPU") for node in nodes) else {})
+
+
+def choose_seat(
+    nodes: Sequence[Node],
+    *,
+    seats: Sequence[Seat],
+    resources: Mapping[str, float],
+    strategy: Strategy,
+    num_shards: int,
+) -> Seat | None:
+    """A place for one more of `num_shards` shards, or None: then wait until a node joins or frees room.
+
+    seats: of this fleet's shards, also those that Ray has not started yet: they are what its numbers lack.
     spread: a node without a shard. pack: the fullest node that has room. auto: spread if there are as many nodes
     that could hold a shard as shards, else pack.
     """
+    free = {node.id: _free(node, seats) for node in nodes}
+    held = {node.id: sum(seat.node == node.id for seat in seats) for node in nodes}
     roomy = [
-        node for node in nodes if all(node.available.get(key, 0) >= need for key, need in resources.items())
+        id_ for id_, room in free.items() if all(room.get(key, 0) >= resources[key] for key in resources)
     ]
-    eligible = [node for node in nodes if node in roomy or node.num_shards]
-    spread = strategy == "spread" or (strategy == "auto" and len(eligible) >= num_shards)
-    if spread:
-        roomy = [node for node in roomy if node.num_shards == 0]
-    order = sorted(roomy, key=lambda node: (-node.num_shards, -node.available.get("CPU", 0), node.id))
-    return order[0].id if order else None
+    eligible = [id_ for id_ in free if id_ in roomy or held[id_]]
+    if strategy == "spread" or (strategy == "auto" and len(eligible) >= num_shards):
+        roomy = [id_ for id_ in roomy if not held[id_]]
+    if not roomy:
+        return None
+    best = min(roomy, key=lambda id_: (-held[id_], -free[id_].get("CPU", 0), id_))
+    return Seat(best, left={key: free[best][key] - need for key, need in resources.items()})
+
+
+def _free(node: Node, seats: Sequence[Seat]) -> dict[str, float]:
+    """Ray's number, unless a shard that it may not have counted yet will leave less."""
+    mine = [seat.left for seat in seats if seat.node == node.id]
+    return {
+        key: min([room, *(left[key] for left in mine if key in left)]) for key, room in node.available.items()
+    }

@@ -6,6 +6,7 @@ A field that would change the answer and is not served is refused by name. One t
 
 import reprlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import (
@@ -22,10 +23,9 @@ from pydantic import (
 
 from router.request import SamplingParams
 
-MAX_CHOICES = 1024
-"""Prompts times n, in one body."""
-
 _DEFAULT = SamplingParams()
+_MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that are the model's own where a body does not say: see router.tokenizer.sampling_defaults."""
 
 
 def _only(*served: object) -> AfterValidator:
@@ -110,12 +110,12 @@ class _Body(_Sent):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    temperature: float = _DEFAULT.temperature
-    top_p: float = _DEFAULT.top_p
-    top_k: int = Field(default=_DEFAULT.top_k, lt=2**31)
-    min_p: float = _DEFAULT.min_p
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = Field(default=None, lt=2**31)
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
-    repetition_penalty: float = _DEFAULT.repetition_penalty
     presence_penalty: float = _DEFAULT.presence_penalty
     frequency_penalty: float = _DEFAULT.frequency_penalty
     stop: StopStrings = ()
@@ -138,6 +138,11 @@ class _Body(_Sent):
     guided_choice: NotServed = None
     guided_grammar: NotServed = None
 
+    @field_validator("top_k")
+    @classmethod
+    def _all_is_zero(cls, top_k: int) -> int:
+        return 0 if top_k == -1 else top_k  # vLLM's older way to keep all
+
     @field_validator("stream_options")
     @classmethod
     def _options_of_a_stream(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
@@ -149,16 +154,16 @@ class _Body(_Sent):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _sampling(self, choice: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def _sampling(
+        self, choice: int, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
         """For the choice-th of n answers: a seed makes each repeatable, not all of them equal."""
-        return SamplingParams(
+        asked = {name: getattr(self, name) for name in _MODELS_OWN if getattr(self, name) is not None}
+        return replace(
+            defaults,
+            **asked,
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=0 if self.top_k == -1 else self.top_k,  # -1: vLLM's older way to keep all
-            min_p=self.min_p,
             seed=None if self.seed is None else self.seed + choice,
-            repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             stop=self.stop,
@@ -200,10 +205,10 @@ class ChatCompletionRequest(_Body):
         """max_completion_tokens, the newer name, before max_tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling(self, choice: int) -> SamplingParams:
+    def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """Raises ValueError that begins with the field's name."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(choice, max_tokens=self.token_limit, logprobs=logprobs)
+        return self._sampling(choice, defaults, max_tokens=self.token_limit, logprobs=logprobs)
 
 
 class CompletionRequest(_Body):
@@ -213,14 +218,6 @@ class CompletionRequest(_Body):
     best_of: int | None = None
 
     suffix: Annotated[Any, _only("")] = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _bounded(cls, prompts: list[str | list[int]], info: ValidationInfo) -> list[str | list[int]]:
-        num_choices = len(prompts) * info.data.get("n", 1)
-        if num_choices > MAX_CHOICES:
-            raise ValueError(f"prompts times n is {num_choices}; at most {MAX_CHOICES} are allowed")
-        return prompts
 
     @field_validator("best_of")
     @classmethod
@@ -233,6 +230,6 @@ class CompletionRequest(_Body):
     def token_limit(self) -> int:
         return self.max_tokens
 
-    def sampling(self, choice: int) -> SamplingParams:
+    def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """Raises ValueError that begins with the field's name."""
-        return self._sampling(choice, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        return self._sampling(choice, defaults, max_tokens=self.max_tokens, logprobs=self.logprobs)

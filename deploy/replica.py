@@ -6,6 +6,7 @@ batch per engine step: a stream per request would cost a Ray message for every t
 
 import asyncio
 import logging
+import math
 import os
 import time
 import uuid
@@ -14,17 +15,21 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 
+from deploy import logs
 from deploy.config import AppArgs, RouterUserConfig
+from deploy.engine_client import Limits
 from deploy.fleet_link import FleetLink
 from deploy.metrics import RouterMetrics
+from deploy.outboxes import Outboxes
 from deploy.spec import FleetSpec, Refusal
 from experts.config import ExpertsConfig
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from experts.fabric import Membership, PeerLost
+    from experts.fabric import Membership, StepFailed
     from router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -42,14 +47,18 @@ class RouterReplica:
 
     def __init__(self, args: AppArgs) -> None:
         """Light: the engine is built when `reconfigure` has said what the shards shall be, while they load."""
+        logs.configure()
         self._args = args
-        self._outbox: dict[str, asyncio.Queue[list[RequestOutput]]] = {}  # by ingress
-        self._owner: dict[str, str] = {}  # ingress, by request
+        self._outboxes = Outboxes(on_abandoned=self._abandon)
         self._probes: dict[str, asyncio.Future[RequestOutput]] = {}
         self._metrics = RouterMetrics()
+        self._metrics_port: int | None = None
         self._engine: Engine | None = None
+        self._experts: ExpertsConfig | None = None
+        self._refused = ""  # why the newest user_config is not in force
         self._members: Membership | None = None
-        self._measuring: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self._fleet: FleetLink | None = None
         if args.fabric.kind != "local":
             self._fleet = FleetLink(
@@ -60,77 +69,86 @@ class RouterReplica:
             )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls it once before the replica is healthy and again whenever `user_config` changes."""
-        experts = RouterUserConfig.model_validate(user_config).experts
-        if self._fleet is not None:
-            await self._fleet.want(_fleet_spec(serve.get_replica_context().app_name, self._args, experts))
-        elif self._engine is not None:
-            raise ValueError("fabric.kind=local: experts cannot change while the router runs; deploy it anew")
-        if self._engine is None:
-            await self._start_engine(experts)
+        """Serve calls it once before the replica is healthy and again whenever `user_config` changes.
+
+        If a running router raised, Serve would stop it, and every request with it: it refuses a bad config instead,
+        which stays in /ready until a good one comes. The first one raises.
+        """
+        try:
+            experts = RouterUserConfig.model_validate(user_config).experts
+            await self._adopt_experts(experts)
+        except ValueError as error:
+            if self._engine is None:
+                raise
+            self._refused = _sentence(error)
+            logger.warning("user_config is refused, what runs stays as it is: %s", self._refused)
+        else:
+            self._refused = ""
 
     # For ingresses
 
-    async def attach(self, ingress: str) -> AsyncGenerator[list[RequestOutput], None]:
-        """The outputs of this ingress's requests, for as long as it listens; the first batch is empty.
+    async def attach(self, ingress: str) -> AsyncGenerator[Limits | list[RequestOutput], None]:
+        """The engine's limits, then the outputs of this ingress's requests, for as long as it listens and renews.
 
-        When the stream is closed its requests are cancelled: nobody would read their tokens.
+        When the stream ends its requests are cancelled: nobody would read their tokens.
         """
-        outbox = self._outbox[ingress] = asyncio.Queue()
+        assert self._engine is not None
+        router = self._args.router
+        self._outboxes.open(ingress)
         try:
-            yield []
-            while True:
-                batch = await outbox.get()
-                while not outbox.empty():  # a slow ingress gets fewer, larger batches
-                    batch += outbox.get_nowait()
+            yield Limits(self._engine.max_model_len, max_requests=router.max_requests + router.max_queue)
+            while (batch := await self._outboxes.next(ingress)) is not None:
                 yield batch
         finally:
-            del self._outbox[ingress]
-            for request_id in [r for r, owner in self._owner.items() if owner == ingress]:
-                self._cancel(request_id)
+            self._outboxes.close(ingress)
+
+    async def renew(self, ingress: str) -> None:
+        """It lives. An attached ingress must say so every few seconds."""
+        self._outboxes.renew(ingress)
 
     async def submit(self, ingress: str, request: Request) -> Refusal | None:
         """None if the request is queued."""
         assert self._engine is not None
-        if ingress not in self._outbox:  # it attached to a router before this one
-            return Refusal("lost", "the router was replaced")
+        if ingress not in self._outboxes:  # it attached to a router before this one
+            return Refusal("lost", "the router was replaced, or did not hear from this ingress")
         try:
             self._engine.submit(request)
         except QueueFull as error:
             return Refusal("full", "the queue is full", retry_after_s=error.retry_after_s)
         except ValueError as error:
             return Refusal("invalid", str(error))
-        self._owner[request.id] = ingress
+        self._outboxes.add(ingress, request.id)
         self._metrics.submitted(request)
         return None
 
     async def cancel(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._cancel(request_id)
+            if self._outboxes.remove(request_id):
+                self._abandon(request_id)
 
     async def readiness(self) -> dict[str, Any]:
-        """Whether a decode step went through every shard within router.ready_within_s; makes one if none did."""
+        """Whether a decode step went through every shard within router.ready_within_s; makes one if none did.
+
+        The Fleet may be away: what it says is detail, and the reason where a step does not go through.
+        """
         assert self._engine is not None
-        status = self._engine.status()
-        fresh = status.idle_s is not None and status.idle_s < self._args.router.ready_within_s
-        reason = "" if status.linked else "the expert shards are not linked"
-        if status.linked and not fresh:
-            reason = await self._probe()
+        overview = await self._fleet.overview() if self._fleet is not None else None
+        in_doubt = overview is not None and bool(overview.problems)
+        reason = await self._why_no_step(recent_is_enough=not in_doubt)
         detail: dict[str, Any] = {"router_pid": os.getpid(), **asdict(self._engine.status())}
-        detail["metrics_port"] = _metrics_port()
-        if self._fleet is not None:
-            overview = await self._fleet.overview()
-            if overview is None:
-                return {"ready": False, "reason": "the Fleet does not answer", "detail": detail}
+        detail["metrics_port"] = self._metrics_port
+        refused = self._refused
+        if overview is not None:
             detail["fleet_pid"] = overview.pid
             detail["hopeless"] = overview.hopeless
             detail["shards"] = [asdict(shard) for shard in overview.shards]
-            reasons = [
-                reason,
-                *overview.problems.values(),
-                *([] if overview.problems else [overview.hopeless]),
-            ]
-            reason = "; ".join(filter(None, reasons))
+            refused = refused or overview.refused
+            causes = list(overview.problems.values()) or [overview.hopeless]
+            reason = reason and "; ".join(filter(None, [reason, *causes]))
+        elif self._fleet is not None:
+            detail["fleet"] = "does not answer"
+        if refused:
+            detail["refused"] = refused
         return {"ready": not reason, "reason": reason, "detail": detail}
 
     def check_health(self) -> None:
@@ -139,14 +157,31 @@ class RouterReplica:
             raise RuntimeError("the engine's thread has died; its log says why")
 
     async def __del__(self) -> None:  # Serve awaits it when it stops a replica in order
-        if self._measuring is not None:
-            self._measuring.cancel()
-        if self._fleet is not None:
-            await self._fleet.leave()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Leave the Fleet, then end the engine: links that it closes itself are no lost shards."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        try:
+            if self._fleet is not None:
+                await self._fleet.leave()
+        finally:
+            if self._engine is not None:
+                await asyncio.to_thread(self._engine.stop)
 
     # The engine
+
+    async def _adopt_experts(self, experts: ExpertsConfig) -> None:
+        """Raises ValueError for what this router cannot do."""
+        if self._fleet is not None:
+            await self._fleet.want(_fleet_spec(serve.get_replica_context().app_name, self._args, experts))
+        elif self._engine is not None and experts != self._experts:
+            raise ValueError("fabric.kind=local: experts cannot change while the router runs; deploy it anew")
+        if self._engine is None:
+            await self._start_engine(experts)
+        self._experts = experts
 
     async def _start_engine(self, experts: ExpertsConfig) -> None:
         # Here, because torch and transformers take seconds that building the application need not wait.
@@ -164,11 +199,15 @@ class RouterReplica:
             on_outputs=to_loop(self._deliver),
             on_lost=to_loop(self._report),
         )
+        self._metrics_port = await asyncio.to_thread(_metrics_port)
         engine.start()
         self._engine = engine
         if self._members is not None:
             engine.adopt(self._members)
-        self._measuring = asyncio.create_task(self._measure())
+        self._tasks = [
+            asyncio.create_task(self._measure()),
+            asyncio.create_task(self._outboxes.close_silent()),
+        ]
 
     def _adopt(self, members: "Membership") -> None:
         self._members = members
@@ -180,35 +219,45 @@ class RouterReplica:
         assert self._engine is not None
         while True:
             await asyncio.sleep(MEASURE_S)
-            overview = await self._fleet.overview() if self._fleet else None
-            self._metrics.snapshot(self._engine.status(), overview.shards if overview else ())
+            try:
+                overview = await self._fleet.overview() if self._fleet else None
+                self._metrics.snapshot(
+                    self._engine.status(),
+                    overview.shards if overview else (),
+                    num_shards=len(self._members.shards) if self._members else 0,
+                )
+            except Exception:  # one failure must not stop all gauges for good
+                logger.exception("the gauges are not up to date")
 
     # What the engine's thread hands to the loop
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         self._metrics.delivered(outputs)
-        batches: dict[str, list[RequestOutput]] = {}
+        self._outboxes.put(outputs)
         for output in outputs:
-            owner = self._owner.get(output.id)
-            if owner is not None:
-                batches.setdefault(owner, []).append(output)
-            if output.finish:
-                self._owner.pop(output.id, None)
-                if (probe := self._probes.pop(output.id, None)) and not probe.done():
-                    probe.set_result(output)
-        for owner, batch in batches.items():
-            if owner in self._outbox:
-                self._outbox[owner].put_nowait(batch)
+            if output.finish and (probe := self._probes.get(output.id)) and not probe.done():
+                probe.set_result(output)
 
-    def _report(self, loss: "PeerLost") -> None:
-        if self._fleet is not None:
+    def _report(self, loss: "StepFailed") -> None:
+        if self._fleet is not None and not self._stopping:
             self._fleet.report_lost(loss)
 
-    def _cancel(self, request_id: str) -> None:
+    def _abandon(self, request_id: str) -> None:
+        """Nobody reads its outputs any more."""
         assert self._engine is not None
-        if self._owner.pop(request_id, None) is not None:
-            self._engine.cancel(request_id)
-            self._metrics.ended(request_id, "cancelled")
+        self._engine.cancel(request_id)
+        self._metrics.ended(request_id, "cancelled")
+
+    async def _why_no_step(self, *, recent_is_enough: bool) -> str:
+        """Why a decode step does not go through every shard; "" if one does, or did not long ago."""
+        assert self._engine is not None
+        status = self._engine.status()
+        if not status.linked:
+            return "the expert shards are not linked"
+        idle_s = math.inf if status.idle_s is None else status.idle_s
+        if recent_is_enough and idle_s < self._args.router.ready_within_s:
+            return ""
+        return await self._probe()
 
     async def _probe(self) -> str:
         """Decode one token through every shard; the reason if that fails."""
@@ -226,6 +275,12 @@ class RouterReplica:
         finally:
             self._probes.pop(request.id, None)
         return output.error or ""
+
+
+def _sentence(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
 
 
 def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:

@@ -23,7 +23,7 @@ class _Progress:
     after: str
     opened: bool = False
     num_tokens: int = 0
-    num_chars: int = 0
+    offset: int = 0
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -82,9 +82,9 @@ class Reply:
         else:
             logprobs = self._asked_for(output.logprobs)
             piece = self._chunk(
-                self._shape.chunk(Piece(index, output.text, logprobs, output.finish, choice.num_chars))
+                self._shape.chunk(Piece(index, output.text, logprobs, output.finish, choice.offset))
             )
-        choice.num_chars += len(output.text)
+            choice.offset += self._shape.num_chars(output.logprobs)
         return (opening + piece).encode()
 
     def ending(self) -> bytes:

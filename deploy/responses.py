@@ -40,7 +40,7 @@ class ChatLogprobs(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """Parallel lists, one entry per token. text_offset: where the token begins in the choice's text."""
+    """Parallel lists, one entry per token. text_offset: where it begins in the texts of all tokens, joined."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -104,7 +104,7 @@ class Completion(TypedDict):
 class Piece:
     """A part of one choice, or all of it.
 
-    logprobs: None if the request asked for none. offset: characters of the choice's text before this piece.
+    logprobs: None if the request asked for none. offset: Shape.num_chars of the tokens before this piece.
     """
 
     index: int
@@ -127,6 +127,10 @@ class Shape(Protocol):
 
     def opening(self, index: int) -> Choice | None:
         """A choice's first chunk, before any text."""
+        ...
+
+    def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
+        """By how much these tokens move the offset of the next. The text itself may lag behind them."""
         ...
 
 
@@ -153,6 +157,9 @@ class ChatShape:
 
     def opening(self, index: int) -> ChatChunkChoice:
         return self._chunk(Piece(index), {"role": "assistant", "content": ""})
+
+    def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
+        return 0  # a chat has no offsets
 
     def _chunk(self, piece: Piece, delta: Delta) -> ChatChunkChoice:
         return {
@@ -204,6 +211,9 @@ class CompletionShape:
 
     def opening(self, index: int) -> None:
         return None
+
+    def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
+        return sum(len(self._vocabulary.token_text(scored.token)) for scored in logprobs)
 
     def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
         if piece.logprobs is None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from deploy import logs
 from deploy.spec import FleetSpec, ShardState, ShardStats
 from experts.fabric import ShardAddress
-from experts.placement import place_evenly
+from experts.placement import ExpertPlacement, place_evenly
 
 if TYPE_CHECKING:
     from experts.fabric.link import ShardListener
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 
 
 class ShardActor:
-    """Threaded: `load` runs while `describe` answers. Exits by itself when its lease lapses."""
+    """Threaded: `load` runs while `describe` answers. Exits by itself when its lease, first spec.lease_s, lapses."""
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
+        logs.configure()
         self._spec = spec
         self._rank = rank
         self._name = name
         self._epoch = 0
         self._address: ShardAddress | None = None
+        self._placement: ExpertPlacement | None = None
         self._listener: ShardListener | None = None
         self._shard: ExpertShard | None = None
         self._node = ray.get_runtime_context().get_node_id()
-        self._lease_ends = time.monotonic() + spec.start_timeout_s
+        self._watched = threading.Event()
+        self._lease_ends = time.monotonic() + spec.lease_s
         threading.Thread(target=self._exit_without_lease, name="lease", daemon=True).start()
 
     def load(self) -> ShardAddress:
@@ -47,10 +51,10 @@ class ShardActor:
         spec, device = self._spec, default_device()
         torch.set_num_threads(spec.threads or os.cpu_count() or 1)
         with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
-            placement = place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
+            self._placement = place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
             self._shard = load_shard(
                 checkpoint,
-                placement,
+                self._placement,
                 rank=self._rank,
                 backend=resolve_backend(spec.backend, device=device, weights_only=checkpoint.weights_only),
                 dtype=resolve_dtype(spec.dtype, device=device),
@@ -62,7 +66,14 @@ class ShardActor:
         return self._address
 
     def describe(self) -> ShardState:
-        return ShardState(self._rank, self._spec, self._address, self._epoch, self._node)
+        return ShardState(
+            rank=self._rank,
+            spec=self._spec,
+            address=self._address,
+            placement=self._placement,
+            epoch=self._epoch,
+            node=self._node,
+        )
 
     def stats(self) -> ShardStats:
         pairs = self._shard.num_pairs if self._shard else 0
@@ -76,8 +87,13 @@ class ShardActor:
         self._lease_ends = time.monotonic() + ttl_s
 
     def until_death(self) -> None:
-        """Never returns: whoever waits for it learns from Ray, within milliseconds, that this process is gone."""
-        threading.Event().wait()
+        """Returns only when it is called again: who waits learns from Ray, within milliseconds, that the process is gone.
+
+        A Fleet that died left a call behind, which would hold one of this actor's threads for good.
+        """
+        before, self._watched = self._watched, threading.Event()
+        before.set()
+        self._watched.wait()
 
     def _exit_without_lease(self) -> None:
         while time.monotonic() < self._lease_ends:

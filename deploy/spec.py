@@ -7,6 +7,7 @@ from deploy.nodes import Strategy
 
 if TYPE_CHECKING:
     from experts.fabric import ShardAddress
+    from experts.placement import ExpertPlacement
 
 NAMESPACE = "sparkmoe"
 """Of our named actors."""
@@ -17,7 +18,7 @@ class FleetSpec:
     """What a router wants of its fleet: everything that shards have in common.
 
     dtype: of the kernel, as in the config: `auto` is for the shard to decide. resources: what Ray reserves for a shard.
-    lease_s: how long shards outlive the last word of their Fleet.
+    lease_s: how long shards, and their Fleet, outlive the last word of a router.
     """
 
     app: str
@@ -34,11 +35,12 @@ class FleetSpec:
 
 @dataclass(frozen=True)
 class ShardState:
-    """What a restarted Fleet learns from a live shard. address: None while it loads."""
+    """What a restarted Fleet learns from a live shard. address and placement: None while it loads."""
 
     rank: int
     spec: FleetSpec
     address: "ShardAddress | None"
+    placement: "ExpertPlacement | None"
     epoch: int
     node: str
 
@@ -56,12 +58,16 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class FleetOverview:
-    """problems: by rank, a sentence why it has no shard. hopeless: one of them that a user must mend, "" if none."""
+    """problems: by rank, a sentence why it has no shard. hopeless: what a user must mend, or nothing comes up.
+
+    refused: why the newest spec was refused while an older one goes on. Both are "" if there is nothing of the kind.
+    """
 
     pid: int
     shards: tuple[ShardStats, ...]
     problems: dict[int, str]
     hopeless: str
+    refused: str
 
 
 @dataclass(frozen=True)

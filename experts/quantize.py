@@ -32,8 +32,8 @@ def quantize_checkpoint(
     file_bytes: size of each output file, and about the memory this takes.
     Raises ValueError for a dst that is not empty, or a src that is quantised or whose sizes NVFP4 does not fit.
     """
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f"{dst}: exists and is not an empty directory; remove it or choose another")
+    check_destination(dst)
+    dst = dst.resolve()  # "." has no name
     with ExpertCheckpoint(src) as checkpoint:
         _check_source(checkpoint)
         _check_amax(amax, checkpoint.shape.moe_layers)
@@ -45,6 +45,12 @@ def quantize_checkpoint(
             (partial / "hf_quant_config.json").write_text(json.dumps(_hf_quant_config(checkpoint), indent=4))
             write_tensors(partial, _tensors(checkpoint, amax, progress=progress), file_bytes=file_bytes)
             partial.rename(dst)
+
+
+def check_destination(dst: Path) -> None:
+    """Raises ValueError unless quantize_checkpoint may write there: ask before a long calibration."""
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f"{dst}: exists and is not an empty directory; remove it or choose another")
 
 
 def _check_source(checkpoint: ExpertCheckpoint) -> None:

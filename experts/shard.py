@@ -35,14 +35,18 @@ class ExpertShard:
         self.device = device
         self.first_slot = rank * slots_per_rank
         self.slots_per_rank = slots_per_rank
-        self.num_pairs = 0
-        """(token, expert) pairs computed since the start."""
         self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device)
         self._one_forward = threading.Lock()
         self._moe_layers = frozenset(shape.moe_layers)
+        self._num_pairs = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def num_pairs(self) -> int:
+        """(token, expert) pairs computed since the start. Waits for the device."""
+        return int(self._num_pairs)
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        """In place; only a local slot that no acknowledged epoch of any router uses."""
+        """Into a local slot, in place, between two forwards: whoever routes to the slot gets the new expert."""
         with self._one_forward:
             self._backend.write_slot(layer, slot, weights)
 
@@ -68,7 +72,7 @@ class ExpertShard:
         local_TK.masked_fill_((local_TK < 0) | (local_TK >= self.slots_per_rank), EMPTY)
         with self._one_forward:
             self._backend.forward(layer, x_TD, local_TK, w_TK, out_TD=out_TD)
-        self.num_pairs += int((local_TK != EMPTY).sum())
+            self._num_pairs += (local_TK != EMPTY).sum()  # on the device: nobody waits for it here
 
 
 def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, int]]:

@@ -30,7 +30,7 @@ class Dispatcher:
         return self._members
 
     def adopt(self, members: Membership, *, timeout_s: float) -> None:
-        """Enter an epoch; between steps only. Raises PeerLost."""
+        """Enter an epoch; between steps only. Raises PeerLost or Aborted."""
         self._fabric.connect(members, timeout_s=timeout_s)
         self._members = members
         self._primary_LE = torch.from_numpy(members.placement.primary_LE).to(self._device)
@@ -40,7 +40,7 @@ class Dispatcher:
         self._fabric.begin(StepHeader(epoch=self.epoch, step=step, rows=rows))
 
     def moe(self, layer: int, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor:
-        """Choose copies, dispatch, combine: the routed experts' output [T, D] in x's dtype. Raises PeerLost.
+        """Choose copies, dispatch, combine: the routed experts' output [T, D] in x's dtype. Raises as combine does.
 
         logical_TK: any integer dtype; w_TK: any float dtype, weights of the top-k.
         """

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experts.fabric import Fabric, Membership, PeerLost
+from experts.fabric import Aborted, Fabric, Membership, PeerLost, ShardFailed, StepFailed
 from router.answer import Answer
 from router.attention import PagedAttention, plan_attention
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.kv_cache import BlockTables, KVCache, num_blocks_for
 from router.mailbox import Mailbox
-from router.request import QueueFull, Request, RequestOutput, TokenLogprob
+from router.request import QueueFull, Request, RequestOutput
 from router.retries import Retries
-from router.sampler import LogitsError, Sampled, SamplingRow, prompt_logprobs, sample
-from router.scheduler import PlannedChunk, RunningRequest, Scheduler, StepPlan
+from router.sampler import LogitsError, Sampled
+from router.scheduler import RunningRequest, Scheduler, StepPlan
+from router.scoring import sample_next, score_prompt
 from router.tokenizer import Detokenizer, Tokenizer
 from router.trunk import Trunk
 
@@ -60,7 +61,7 @@ class Engine:
         config: RouterConfig,
         eos: frozenset[int],
         on_outputs: Callable[[list[RequestOutput]], None],
-        on_lost: Callable[[PeerLost], None],
+        on_lost: Callable[[StepFailed], None],
     ) -> None:
         """on_outputs, on_lost: called in the engine's thread, at most once per step; they must not block."""
         shape, kv = trunk.shape, config.kv_cache
@@ -102,10 +103,9 @@ class Engine:
     def stop(self, *, timeout_s: float = 10.0) -> None:
         """End the thread and close the links; requests that still run get no more output."""
         self._mailbox.close()
-        self._fabric.abort("the engine stops")
+        self._fabric.close()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        self._fabric.close()
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError for one that can never run, QueueFull when too many wait."""
@@ -114,7 +114,7 @@ class Engine:
             raise ValueError(
                 f"the prompt has {num_tokens} tokens; at least 1 and at most {self.max_model_len - 1} fit"
             )
-        if not all(0 <= token < vocab_size for token in request.prompt):
+        if min(request.prompt) < 0 or max(request.prompt) >= vocab_size:
             raise ValueError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
         num_live = len(self._live) + self._mailbox.num_submitted
         if num_live >= self._config.max_requests + self._config.max_queue:
@@ -170,8 +170,17 @@ class Engine:
             return self._commit(plan, logits_NV)
         except PeerLost as loss:
             self._unlink(loss)
-            to_blame = self._retries.put(plan)
-            return self._fail([to_blame], "its steps lost the expert shards") if to_blame else []
+            return self._try_again(plan)
+        except ShardFailed as failure:
+            outputs = self._try_again(plan)
+            if self._retries.doubts_shards:
+                self._unlink(failure)
+            else:
+                logger.warning("%s", failure)
+                self._link(self._dispatcher.members)
+            return outputs
+        except Aborted:
+            return []
         except Exception:  # whatever model code raises must not end the loop for the others
             logger.exception("step %d failed", self._num_steps)
             self._link(
@@ -180,6 +189,10 @@ class Engine:
             return self._fail(
                 (part.running for part in plan.parts), "a step failed; the router's log says why"
             )
+
+    def _try_again(self, plan: StepPlan) -> list[RequestOutput]:
+        to_blame = self._retries.put(plan)
+        return self._fail([to_blame], "the expert shards failed in each of its steps") if to_blame else []
 
     def _forward(self, plan: StepPlan) -> Tensor:
         """Logits [N, V] of the rows that are sampled or scored, in plan order."""
@@ -203,14 +216,14 @@ class Engine:
         for part, part_NV in zip(plan.parts, kept, strict=True):
             part.running.num_computed += part.chunk.count
             if part.running.request.params.prompt_logprobs:
-                _score_prompt(part, part_NV)
+                score_prompt(part, part_NV)
         last = zip(plan.parts, (part_NV[-1:] for part_NV in kept), strict=True)
         return self._sample([(part.running, logits_1V) for part, logits_1V in last if part.samples])
 
     def _sample(self, rows: Sequence[tuple[RunningRequest, Tensor]]) -> list[RequestOutput]:
         """One token for each request, from its logits [1, V]. Those whose logits are not finite fail, and only those."""
         try:
-            sampled = _sample(rows)
+            sampled = sample_next(rows)
         except LogitsError as error:
             bad = [running for n, (running, _) in enumerate(rows) if n in error.rows]
             for running in bad:
@@ -263,10 +276,12 @@ class Engine:
         except PeerLost as loss:
             self._unlink(loss)
             return
+        except Aborted:
+            return
         self._linked = True
         logger.info("epoch %d: %d shards linked", members.epoch, len(members.shards))
 
-    def _unlink(self, loss: PeerLost) -> None:
+    def _unlink(self, loss: StepFailed) -> None:
         logger.warning("%s", loss)
         if self._linked:
             self._unlinked_at = time.monotonic()
@@ -281,32 +296,3 @@ class Engine:
         return self._fail(
             list(self._live.values()), f"the expert shards have been away for {stalled_s:.0f} s"
         )
-
-
-def _sample(rows: Sequence[tuple[RunningRequest, Tensor]]) -> list[Sampled]:
-    if not rows:
-        return []
-    history = [
-        SamplingRow(
-            one.request.params,
-            one.seed,
-            prompt=one.request.prompt,
-            output=one.tokens[len(one.request.prompt) :],
-        )
-        for one, _ in rows
-    ]
-    return sample(torch.cat([logits_1V for _, logits_1V in rows]), history)
-
-
-def _score_prompt(part: PlannedChunk, part_NV: Tensor) -> None:
-    """Row i of a chunk gives the probability of the token after it; the last row of a prompt gives the answer's."""
-    prompt = part.running.request.prompt
-    next_tokens = prompt[part.chunk.start + 1 : part.chunk.start + part.chunk.count + 1]
-    logprob_T = prompt_logprobs(part_NV[: len(next_tokens)], torch.tensor(next_tokens, device=part_NV.device))
-    part.running.answer.score_prompt(
-        part.chunk.start,
-        [
-            TokenLogprob(token, logprob)
-            for token, logprob in zip(next_tokens, logprob_T.tolist(), strict=True)
-        ],
-    )

@@ -3,13 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FAMILIES = ("qwen3_moe", "minimax_m2", "glm4_moe", "mixtral", "ernie4_5_moe", "hy_v3")
 """Model types that are tested against transformers' own `generate`."""
+
+
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+"""Ways of scaling that are the same for every request."""
 
 
 @dataclass(frozen=True)
@@ -25,39 +29,41 @@ class TrunkShape:
 
 
 def check_family(path: Path) -> None:
-    """ValueError for a directory that is no checkpoint, or one of a model type that we do not serve. Reads JSON only."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{path}: no config.json, so this is not a checkpoint directory")
-    try:
-        model_type = json.loads(file.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+    """ValueError, which says what is not supported, for a directory that is no checkpoint or one that we do not serve.
 
-
-def read_config(path: Path) -> "PreTrainedConfig":
-    """The model's config, checked: ValueError says what is not supported."""
-    from transformers import AutoConfig  # seconds, which a check of the family need not wait for
-
-    check_family(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.hidden_act != "silu":
+    Reads config.json alone, in the spellings of old and new releases of transformers.
+    """
+    config = _read(path)
+    family = config.get("model_type")
+    if family not in FAMILIES:
         raise ValueError(
-            f"{path}: hidden_act {config.hidden_act!r} is not supported, only silu (SwiGLU experts)"
+            f"{path}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if config.get("text_config") is not None:
         raise ValueError(
-            f"{path}: sliding-window attention ({config.sliding_window} tokens) is not supported"
+            f"{path}: a text_config inside config.json is not supported; transformers ignores it"
         )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"{path}: hidden_act {activation!r} is not supported, only silu (SwiGLU experts)")
+    if window := _sliding_window(config):
+        raise ValueError(f"{path}: sliding-window attention ({window} tokens) is not supported")
+    rope_type = _rope_type(config)
     if rope_type in ("dynamic", "longrope"):
         raise ValueError(
             f"{path}: rope scaling {rope_type!r} depends on a request's length and is not supported"
         )
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"{path}: rope scaling {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
+
+
+def read_config(path: Path) -> "PreTrainedConfig":
+    """The model's config, checked as in check_family."""
+    from transformers import AutoConfig  # seconds, which a check of the family need not wait for
+
+    check_family(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")  # transformers has no quantiser for it; our reader dequantises
     return config
@@ -73,3 +79,29 @@ def shape_of(config: "PreTrainedConfig") -> TrunkShape:
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no config.json, so this is not a checkpoint directory")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold a mapping, not a {type(config).__name__}")
+    return config
+
+
+def _sliding_window(config: dict[str, Any]) -> int | None:
+    """In tokens. qwen3_moe alone has a switch for it, and a window if nothing is said."""
+    if config["model_type"] == "qwen3_moe":
+        return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    return config.get("sliding_window")
+
+
+def _rope_type(config: dict[str, Any]) -> Any:
+    """rope_scaling, and `type` in it, are older than rope_parameters and rope_type; transformers takes all of them."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope

@@ -1,4 +1,4 @@
-"""Retries: the plans of steps that lost a shard, which are run again before anything new is planned."""
+"""Retries: the plans of steps that shards failed in, which are run again before anything new is planned."""
 
 import logging
 
@@ -7,10 +7,10 @@ from router.scheduler import RunningRequest, StepPlan
 logger = logging.getLogger(__name__)
 
 MAX_TOGETHER = 2
-"""Losses after which the requests of a plan are run one by one, because one of them may be what kills the shards."""
+"""Failures after which the requests of a plan are run one by one, because one of them may be what kills the shards."""
 
-MAX_LOSSES = 4
-"""Losses after which a request that runs alone is given up, or it would keep all others waiting for ever."""
+MAX_FAILURES = 4
+"""Failures after which a request that runs alone is given up, or it would keep all others waiting for ever."""
 
 
 class Retries:
@@ -18,24 +18,29 @@ class Retries:
 
     def __init__(self) -> None:
         self._plans: list[StepPlan] = []
-        self._num_losses = 0
+        self._num_failures = 0
+
+    @property
+    def doubts_shards(self) -> bool:
+        """A step has just failed for the second time: the shards had better be new ones before it is tried again."""
+        return self._num_failures == MAX_TOGETHER
 
     def take(self) -> StepPlan | None:
         """The plan to run again now; None if there is none, and something new may be planned."""
         if not self._plans:
-            self._num_losses = 0
+            self._num_failures = 0
             return None
         return self._plans.pop(0)
 
     def put(self, plan: StepPlan) -> RunningRequest | None:
-        """A plan that lost a shard. Returns the request to give up, if it is to blame."""
-        self._num_losses += 1
-        if len(plan.parts) == 1 and self._num_losses >= MAX_LOSSES:
-            self._num_losses = 0
+        """A plan that failed. Returns the request to give up, if it is to blame."""
+        self._num_failures += 1
+        if len(plan.parts) == 1 and self._num_failures >= MAX_FAILURES:
+            self._num_failures = 0
             return plan.parts[0].running
-        again = plan.one_by_one() if self._num_losses >= MAX_TOGETHER else [plan]
+        again = plan.one_by_one() if self._num_failures >= MAX_TOGETHER else [plan]
         if len(again) > 1:
-            logger.warning("a step lost its shards %d times: its requests run alone now", self._num_losses)
+            logger.warning("shards failed in a step %d times: its requests run alone now", self._num_failures)
         self._plans = again + self._plans
         return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from router.request import SamplingParams
 from router.stop_strings import StopStrings
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a single byte
@@ -35,11 +36,6 @@ class Tokenizer:
         decoder = self._fast.decoder
         self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
-    @property
-    def vocab_size(self) -> int:
-        """Added tokens included. A model's own vocabulary may be padded to more."""
-        return self._fast.get_vocab_size(with_added_tokens=True)
-
     def encode(self, text: str) -> list[int]:
         """With what the checkpoint puts around a text, such as a beginning-of-sequence token."""
         return self._fast.encode(text).ids
@@ -49,15 +45,11 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """render_chat, encoded. The template itself writes the tokens around a text."""
         text = self.render_chat(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            template_kwargs=template_kwargs,
+            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
         )
         return self._fast.encode(text, add_special_tokens=False).ids
 
@@ -66,7 +58,6 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The chat as the checkpoint's template writes it, in transformers' jinja sandbox.
@@ -86,7 +77,6 @@ class Tokenizer:
         try:
             text = self._hf.apply_chat_template(
                 [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **variables,
@@ -171,6 +161,23 @@ class Detokenizer:
 
     def _visible(self, token_ids: Sequence[int]) -> list[int]:
         return [token for token in token_ids if token not in self._tokenizer.special_ids]
+
+
+_MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_defaults(checkpoint: Path) -> SamplingParams:
+    """How the model's makers sample from it, in generation_config.json: for what a request does not say, as in vLLM.
+
+    Raises ValueError naming the file for a value that no request could ask for.
+    """
+    file = checkpoint / "generation_config.json"
+    given = json.loads(file.read_text()) if file.exists() else {}
+    own = {name: given[name] for name in _MODELS_OWN if given.get(name) is not None}
+    try:
+        return SamplingParams(**own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def eos_token_ids(checkpoint: Path) -> frozenset[int]:

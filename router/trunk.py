@@ -88,7 +88,7 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
 
 def _check_experts(model: torch.nn.Module, index: CheckpointIndex) -> None:
     """Raises ValueError unless the checkpoint has experts for exactly the gates that the model has."""
-    experts = (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
+    experts: Any = (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
     wanted = {module.layer_idx: module.num_experts for module in experts}
     found = dict.fromkeys(index.shape.moe_layers, index.shape.num_experts)
     if wrong := sorted(layer for layer in wanted | found if wanted.get(layer) != found.get(layer)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from experts.checkpoint import ExpertCheckpoint
-from experts.fabric import Fabric, PeerLost
+from experts.fabric import Fabric, StepFailed
 from experts.fabric.faulty import Fault, FaultyFabric
 from experts.fabric.local import LocalFabric, local_membership
 from experts.placement import ExpertPlacement, place_evenly
@@ -74,15 +74,16 @@ class InProcess:
         placement: ExpertPlacement,
         *,
         dtype: torch.dtype,
+        device: torch.device,
         config: RouterConfig,
     ) -> None:
         self.at_loss: Callable[[], None] = lambda: None
-        self.losses: list[PeerLost] = []
+        self.losses: list[StepFailed] = []
         self.answers: dict[str, Joined] = {}
         self._placement = placement
         self._changed = threading.Condition()
         self.engine = CheckedEngine(
-            trunk_of(path, dtype),
+            trunk_of(path, dtype, device),
             fabric,
             Tokenizer(path),
             config=config,
@@ -130,7 +131,7 @@ class InProcess:
                     self.answers[output.id].add(output)
             self._changed.notify()
 
-    def _lost(self, loss: PeerLost) -> None:
+    def _lost(self, loss: StepFailed) -> None:
         self.losses.append(loss)
         self.at_loss()
         self.engine.adopt(local_membership(self._placement, epoch=loss.epoch + 1))
@@ -143,13 +144,16 @@ def in_process(
     num_shards: int,
     backend: str = "torch",
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
     config: RouterConfig | None = None,
     fabric: Callable[[Sequence[ExpertShard]], Fabric] = LocalFabric,
 ) -> Iterator[InProcess]:
     """dtype: of trunk, wire and experts."""
     placement = placement_of(path, num_shards)
-    shards = shards_of(path, num_shards, backend, dtype)
-    server = InProcess(path, fabric(shards), placement, dtype=dtype, config=config or RouterConfig())
+    shards = shards_of(path, num_shards, backend, dtype, device)
+    server = InProcess(
+        path, fabric(shards), placement, dtype=dtype, device=device, config=config or RouterConfig()
+    )
     try:
         yield server
     finally:
@@ -170,8 +174,8 @@ def greedy(name: str, prompt: Iterable[int], *, num_tokens: int) -> Request:
 
 
 @cache
-def trunk_of(path: Path, dtype: torch.dtype) -> Trunk:
-    return Trunk(path, dtype=dtype, device=CPU)
+def trunk_of(path: Path, dtype: torch.dtype, device: torch.device) -> Trunk:
+    return Trunk(path, dtype=dtype, device=device)
 
 
 @cache
@@ -181,10 +185,12 @@ def placement_of(path: Path, num_shards: int) -> ExpertPlacement:
 
 
 @cache
-def shards_of(path: Path, num_shards: int, backend: str, dtype: torch.dtype) -> list[ExpertShard]:
+def shards_of(
+    path: Path, num_shards: int, backend: str, dtype: torch.dtype, device: torch.device
+) -> list[ExpertShard]:
     placement = placement_of(path, num_shards)
     with ExpertCheckpoint(path) as checkpoint:
         return [
-            load_shard(checkpoint, placement, rank=rank, backend=backend, dtype=dtype, device=CPU)
+            load_shard(checkpoint, placement, rank=rank, backend=backend, dtype=dtype, device=device)
             for rank in range(num_shards)
         ]

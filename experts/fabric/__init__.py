@@ -6,7 +6,7 @@ to one *epoch*: a Membership that the router adopted between two steps. T tokens
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from experts.placement import ExpertPlacement
 
@@ -44,27 +44,24 @@ class Membership:
 
 @dataclass(frozen=True)
 class StepHeader:
-    """Host side, once per step, over the control link of every fabric.
+    """What a router says of a step before its first layer, on the host.
 
-    rows: tokens of the step. warming: the deadlines are off, because kernels may be compiling.
+    rows: tokens of the step, by which deadlines grow. A shard listens only once its kernels are warm.
     """
 
     epoch: int
     step: int
     rows: int
-    warming: bool = False
 
 
 class FabricError(Exception):
-    """Something a peer did, or failed to do."""
+    """Something that went wrong between a router and its shards."""
 
 
-class PeerLost(FabricError):
-    """Shards that closed their link, broke the protocol or passed the deadline. The step must be run again.
+class StepFailed(FabricError):
+    """A step that shards could not answer. ranks: theirs, ascending. step and layer are -1 where there is none yet. why: for people."""
 
-    ranks: all that were lost, ascending; every rank of the epoch after an `abort`. step and layer are -1 where there
-    is none yet. why: for people.
-    """
+    did: ClassVar[str]
 
     def __init__(
         self, ranks: Sequence[int], *, epoch: int, step: int, layer: int, elapsed_s: float, why: str
@@ -72,9 +69,28 @@ class PeerLost(FabricError):
         self.ranks = tuple(ranks)
         self.epoch = epoch
         super().__init__(
-            f"lost shard {', '.join(map(str, ranks))} at epoch {epoch}, step {step}, layer {layer} "
+            f"{self.did} {', '.join(map(str, ranks))} at epoch {epoch}, step {step}, layer {layer} "
             f"after {elapsed_s:.3f} s: {why}"
         )
+
+
+class PeerLost(StepFailed):
+    """Shards that closed their link, broke the protocol or passed the deadline. The step must be run again."""
+
+    did = "lost shard"
+
+
+class ShardFailed(StepFailed):
+    """Living shards that could not compute a layer, and said why. They closed their links, which `connect` renews.
+
+    The step may be run again then; it may also fail again.
+    """
+
+    did = "no answer from living shard"
+
+
+class Aborted(FabricError):
+    """`abort` or `close` ended the call. Nobody died, so there is nobody to report."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class Ticket:
 
 
 class Fabric(Protocol):
-    """The router's end. One thread calls it, except `abort`."""
+    """The router's end. One thread calls it, except `abort` and `close`."""
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
         """Enter an epoch: keep the links to shards that stay, open the missing ones, close the rest.
@@ -96,7 +112,7 @@ class Fabric(Protocol):
         ...
 
     def begin(self, header: StepHeader) -> None:
-        """Announce a step to every shard. A shard that is gone is only found by `combine`."""
+        """For the layers that follow. A shard that is gone is only found by `combine`."""
         ...
 
     def dispatch(self, layer: int, x_TD: "Tensor", phys_TK: "Tensor", w_TK: "Tensor") -> Ticket:
@@ -109,15 +125,18 @@ class Fabric(Protocol):
     def combine(self, ticket: Ticket, out_TD: "Tensor") -> None:
         """out_TD (the caller's) = the shards' partial sums, added in float32 in rank order.
 
-        out_TD may have any dtype and device. Raises one PeerLost for all ranks that were lost since `connect`;
-        out_TD is undefined then.
+        out_TD may have any dtype and device; it is undefined after an error. Raises one PeerLost for all ranks that
+        were lost since `connect`, or, if none was, one ShardFailed for all that failed.
         """
         ...
 
     def abort(self, reason: str) -> None:
-        """From any thread, idempotent: the pending call and all later ones raise PeerLost until `connect`."""
+        """From any thread, idempotent: the pending call raises Aborted, and so do all later ones until `connect`.
+
+        A `connect` that is pending raises it too; one that begins later starts afresh.
+        """
         ...
 
     def close(self) -> None:
-        """Close every link. Idempotent."""
+        """From any thread, idempotent: an `abort` that no `connect` ends; every link is closed."""
         ...

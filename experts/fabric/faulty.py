@@ -6,12 +6,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from experts.fabric import Fabric, Membership, PeerLost, StepHeader, Ticket
+from experts.fabric import Fabric, Membership, PeerLost, ShardFailed, StepHeader, Ticket
 
 
 @dataclass(frozen=True)
 class Lost:
     """`combine` of this layer raises PeerLost for the rank, and so does every one after it, until `connect`."""
+
+    rank: int
+    step: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """`combine` of this layer raises ShardFailed for the rank, and so does every one after it, until `connect`."""
 
     rank: int
     step: int
@@ -35,7 +44,7 @@ class Unreachable:
     epoch: int
 
 
-Fault = Lost | Slow | Unreachable
+Fault = Lost | Failed | Slow | Unreachable
 
 
 class FaultyFabric:
@@ -49,16 +58,18 @@ class FaultyFabric:
         self._inner = inner
         self._header = StepHeader(epoch=0, step=-1, rows=0)
         self._lost: set[int] = set()
+        self._failed: set[int] = set()
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
         self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
         self._lost.clear()
+        self._failed.clear()
         self._inner.connect(members, timeout_s=timeout_s)
         for fault in self._take(
             lambda fault: isinstance(fault, Unreachable) and fault.epoch == members.epoch
         ):
             self._play(fault)
-        self._raise_if_lost(layer=-1)
+        self._raise_if_due(layer=-1)
 
     def begin(self, header: StepHeader) -> None:
         self._header = header
@@ -71,10 +82,10 @@ class FaultyFabric:
         self._inner.combine(ticket, out_TD)
         here = (self._header.step, ticket.layer)
         for fault in self._take(
-            lambda fault: isinstance(fault, Lost | Slow) and (fault.step, fault.layer) == here
+            lambda fault: isinstance(fault, Lost | Failed | Slow) and (fault.step, fault.layer) == here
         ):
             self._play(fault)
-        self._raise_if_lost(layer=ticket.layer)
+        self._raise_if_due(layer=ticket.layer)
 
     def abort(self, reason: str) -> None:
         self._inner.abort(reason)
@@ -90,12 +101,19 @@ class FaultyFabric:
     def _play(self, fault: Fault) -> None:
         if isinstance(fault, Slow):
             time.sleep(fault.seconds)
+        elif isinstance(fault, Failed):
+            self._failed.add(fault.rank)
         else:
             self._lost.add(fault.rank)
 
-    def _raise_if_lost(self, *, layer: int) -> None:
-        if self._lost:
-            epoch, step = self._header.epoch, self._header.step
-            raise PeerLost(
-                sorted(self._lost), epoch=epoch, step=step, layer=layer, elapsed_s=0.0, why="played by a test"
-            )
+    def _raise_if_due(self, *, layer: int) -> None:
+        for error, ranks in ((PeerLost, self._lost), (ShardFailed, self._failed)):
+            if ranks:
+                raise error(
+                    sorted(ranks),
+                    epoch=self._header.epoch,
+                    step=self._header.step,
+                    layer=layer,
+                    elapsed_s=0.0,
+                    why="played by a test",
+                )

@@ -10,7 +10,7 @@ for all frames of a kind and size, and its *moment*, which a PARTIAL repeats fro
          7     1  dtype of x and of partial sums: 1 float32, 2 bfloat16; 0 where a frame has no rows
          8     4  rows T
         12     4  hidden D
-        16     4  top_k K
+        16     4  top_k K, at most 64
         20     4  zero
         24     8  payload bytes
     offset  size  moment
@@ -47,8 +47,9 @@ FORM_BYTES = 32
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 MAX_SENTENCE_BYTES = 4096
+MAX_TOP_K = 64
 MAX_PAYLOAD_BYTES = 256 << 20
-"""4096 rows of 8192 float32 are half of it. Only a peer that has proved itself gets that far."""
+"""See max_rows. Only a peer that has proved itself gets that far."""
 
 _FORM = struct.Struct("<4sHBBIIIIQ")
 _MOMENT = struct.Struct("<QQI12x")
@@ -86,8 +87,23 @@ class FrameShape(NamedTuple):
     def layer_bytes(self) -> int:
         return self.partial_bytes + self.rows * self.top_k * _PAIR_BYTES
 
+    @property
+    def is_sendable(self) -> bool:
+        """The ids, which follow the rows, are aligned, and the payload is below the limit."""
+        return (
+            self.dtype is not None
+            and self.partial_bytes % 4 == 0
+            and self.top_k <= MAX_TOP_K
+            and self.layer_bytes <= MAX_PAYLOAD_BYTES
+        )
+
 
 NO_ROWS = FrameShape(rows=0, hidden=0, top_k=0, dtype=None)
+
+
+def max_rows(hidden: int, dtype: torch.dtype) -> int:
+    """How many rows fit a frame, whatever the top-k."""
+    return MAX_PAYLOAD_BYTES // (hidden * dtype.itemsize + MAX_TOP_K * _PAIR_BYTES)
 
 
 class Form(NamedTuple):
@@ -117,9 +133,9 @@ class Form(NamedTuple):
 
     def _fits(self) -> bool:
         if self.kind is Kind.LAYER:
-            return self.payload_bytes == self.shape.layer_bytes <= MAX_PAYLOAD_BYTES
+            return self.shape.is_sendable and self.payload_bytes == self.shape.layer_bytes
         if self.kind is Kind.PARTIAL:
-            return self.payload_bytes == self.shape.partial_bytes <= MAX_PAYLOAD_BYTES
+            return self.shape.is_sendable and self.payload_bytes == self.shape.partial_bytes
         if self.kind is Kind.ERROR:
             return self.payload_bytes <= MAX_SENTENCE_BYTES
         return self.payload_bytes == _HANDSHAKE_BYTES[self.kind]
@@ -191,7 +207,7 @@ class LayerFrame(FrameBuffer):
         """A frame that was received into this buffer stays as it is."""
         rows, hidden, top_k, dtype = shape
         assert dtype is not None
-        assert shape.partial_bytes % 4 == 0, f"ids after bfloat16 rows need an even hidden size, got {hidden}"
+        assert shape.is_sendable, f"no frame holds {shape}: see max_rows; hidden must be even"
         self._lay_out(Form(Kind.LAYER, shape.layer_bytes, shape))
         self.x_TD = self._tensor(0, rows, hidden, dtype)
         self.phys_TK = self._tensor(shape.partial_bytes, rows, top_k, torch.int32)

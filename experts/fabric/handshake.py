@@ -57,19 +57,26 @@ class _Talk:
         self._sock = sock
         self._buffer = FrameBuffer(pinned=False)
         self._deadline = Deadline(within_s)
-        set_kernel_timeout(sock, socket.SO_RCVTIMEO, within_s)
-        set_kernel_timeout(sock, socket.SO_SNDTIMEO, within_s)
 
     def send(self, frame: memoryview) -> None:
-        send_frame(self._sock, frame, keep_waiting=self._deadline)
+        self._wait_no_longer()
+        send_frame(self._sock, frame, keep_waiting=self._wait_no_longer)
 
     def receive(self, kind: Kind) -> bytes:
+        self._wait_no_longer()
         form = receive_frame(
-            self._sock, self._buffer, accept=lambda form: form.kind is kind, keep_waiting=self._deadline
+            self._sock, self._buffer, accept=lambda form: form.kind is kind, keep_waiting=self._wait_no_longer
         )
         assert form is not None, "a handshake's buffer is laid out for nothing"
         return bytes(self._buffer.view[HEADER_BYTES : HEADER_BYTES + form.payload_bytes])
 
     def end(self) -> None:
-        set_kernel_timeout(self._sock, socket.SO_RCVTIMEO, 0)
-        set_kernel_timeout(self._sock, socket.SO_SNDTIMEO, 0)
+        self._set_timeouts(0)
+
+    def _wait_no_longer(self) -> None:
+        """The next wait may last as long as the deadline allows. Raises TimeoutError if nothing is left."""
+        self._set_timeouts(self._deadline.left_s())
+
+    def _set_timeouts(self, seconds: float) -> None:
+        set_kernel_timeout(self._sock, socket.SO_RCVTIMEO, seconds)
+        set_kernel_timeout(self._sock, socket.SO_SNDTIMEO, seconds)

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,13 +14,26 @@ from torch import Tensor
 from experts.fabric import FabricError, ShardAddress
 from experts.fabric.frames import Form, Kind, LayerFrame, PartialFrame, error_frame, layer_of
 from experts.fabric.handshake import prove_shard
-from experts.fabric.sockets import prepare, receive_frame, send_frame, shut
+from experts.fabric.sockets import (
+    ms_since_ack,
+    prepare,
+    receive_frame,
+    send_frame,
+    set_kernel_timeout,
+    shut,
+)
 from experts.weights import MoEShape
 
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 CLOSE_S = 5.0
+MAX_UNPROVEN = 64
+"""Links whose router has not proved itself; one more ends the oldest. A port scanner gets no more threads."""
+
+PATROL_S = 60.0
+SILENCE_S = 150.0
+"""A living router's kernel acknowledges something at least every 120 s: keepalive, or probes of a full window."""
 
 
 class LinkedShard(Protocol):
@@ -47,6 +61,7 @@ class ShardListener:
             rank=shard.rank, host=host, port=port, name=name, pid=os.getpid(), token=token
         )
         self._links: dict[threading.Thread, socket.socket] = {}
+        self._unproven: dict[threading.Thread, socket.socket] = {}  # of the links, oldest first
         self._lock = threading.Lock()
         self._closed = False
         self._acceptor = threading.Thread(target=self._accept, name=f"shard-{shard.rank}-accept", daemon=True)
@@ -88,27 +103,43 @@ class ShardListener:
                 if self._closed:
                     sock.close()
                     return
-                self._links[thread] = sock
+                self._links[thread] = self._unproven[thread] = sock
+                self._end_the_oldest_unproven()
             thread.start()
 
+    def _end_the_oldest_unproven(self) -> None:
+        if len(self._unproven) > MAX_UNPROVEN:
+            oldest = next(iter(self._unproven))
+            logger.warning("%s: ended: %d others have not proved themselves", oldest.name, MAX_UNPROVEN)
+            shut(self._unproven.pop(oldest))
+
+    def _proven(self) -> None:
+        with self._lock:
+            self._unproven.pop(threading.current_thread(), None)
+
     def _serve(self, sock: socket.socket) -> None:
+        name, token = self.address.name, self.address.token
         try:
-            serve_link(sock, self._shard, name=self.address.name, token=self.address.token)
+            serve_link(sock, self._shard, name=name, token=token, proven=self._proven)
         finally:
+            self._proven()
             with self._lock:
                 del self._links[threading.current_thread()]
                 sock.close()
 
 
-def serve_link(sock: socket.socket, shard: LinkedShard, *, name: str, token: bytes) -> None:
+def serve_link(
+    sock: socket.socket, shard: LinkedShard, *, name: str, token: bytes, proven: Callable[[], None]
+) -> None:
     """Answer one router until it goes or breaks the protocol. Raises for nothing that a peer did.
 
-    sock: connected; the caller's, to close afterwards.
+    sock: connected; the caller's, to close afterwards. proven: called once the router has proved itself.
     """
     thread = threading.current_thread().name
     try:
         prepare(sock)
         prove_shard(sock, name=name, token=token, within_s=HANDSHAKE_S)
+        proven()
         logger.info("%s: open", thread)
         with torch.no_grad():
             _answer_layers(sock, shard)
@@ -123,8 +154,9 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
     request = LayerFrame(pinned=shard.device.type == "cuda")
     reply = PartialFrame(pinned=shard.device.type == "cuda")
     workspace = _Workspace(shard)
+    wait_on = _Patrol(sock)
     while True:
-        form = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=_wait_on)
+        form = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=wait_on)
         if form is not None:
             request.lay_out(form.shape)
             reply.lay_out(form.shape)
@@ -135,14 +167,33 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
         except Exception as error:
             # Whatever a kernel raises, the router has to hear of it, or it would wait for its deadline.
             logger.exception("shard %d: layer %d failed", shard.rank, layer_of(request))
-            send_frame(sock, error_frame(f"{type(error).__name__}: {error}"), keep_waiting=_wait_on)
+            send_frame(sock, error_frame(f"{type(error).__name__}: {error}"), keep_waiting=wait_on)
             return
         reply.moment[:] = request.moment
-        send_frame(sock, reply.frame, keep_waiting=_wait_on)
+        send_frame(sock, reply.frame, keep_waiting=wait_on)
 
 
-def _wait_on() -> None:
-    """A router that stops within a frame is found like one that stops between two: by keepalive."""
+class _Patrol:
+    """A keep_waiting that looks, now and then, whether the router's kernel still is there.
+
+    Keepalive cannot while bytes are on their way. A router may take as long as it likes, to read too: it may be waiting
+    for another shard, whose kernels are compiling.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._looked_at = time.monotonic()
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            set_kernel_timeout(sock, option, PATROL_S)
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now < self._looked_at + PATROL_S:
+            return
+        self._looked_at = now
+        silent_s = ms_since_ack(self._sock) / 1000
+        if silent_s >= SILENCE_S:
+            raise TimeoutError(f"the router has acknowledged nothing for {silent_s:.0f} s")
 
 
 class _Workspace:

@@ -5,45 +5,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experts.fabric import Membership, PeerLost, ShardAddress, StepHeader, Ticket
+from experts.fabric import Aborted, Membership, ShardAddress, StepHeader, Ticket
 from experts.placement import ExpertPlacement
 from experts.shard import ExpertShard
 
 
 class LocalFabric:
-    """Shards answer in `dispatch`, one after the other."""
+    """Shards answer in `dispatch`, one after the other, each in its own dtype. What a forward raises comes out as it is."""
 
     def __init__(self, shards: Sequence[ExpertShard]) -> None:
         self._shards = tuple(shards)
-        self._header = StepHeader(epoch=0, step=0, rows=0)
         self._partials: list[Tensor] = []
         self._aborted: str | None = None
+        self._closed = False
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
         assert len(members.shards) == len(self._shards), (members.shards, self._shards)
         self._aborted = None
+        self._check()
 
     def begin(self, header: StepHeader) -> None:
-        self._header = header
+        self._check()
 
     def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
-        self._partials = [torch.empty_like(x_TD) for _ in self._shards]
-        for shard, partial_TD in zip(self._shards, self._partials, strict=True):
-            shard.forward(layer, x_TD, phys_TK, w_TK, out_TD=partial_TD)
+        self._check()
+        self._partials = [_partial(shard, layer, x_TD, phys_TK, w_TK) for shard in self._shards]
         return Ticket(layer=layer, rows=x_TD.shape[0])
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
-        if self._aborted is not None:
-            ranks = [shard.rank for shard in self._shards]
-            header = self._header
-            raise PeerLost(
-                ranks,
-                epoch=header.epoch,
-                step=header.step,
-                layer=ticket.layer,
-                elapsed_s=0,
-                why=self._aborted,
-            )
+        self._check()
         sum_TD = self._partials[0].float()
         for partial_TD in self._partials[1:]:
             sum_TD = sum_TD + partial_TD
@@ -53,7 +43,20 @@ class LocalFabric:
         self._aborted = reason
 
     def close(self) -> None:
-        self._partials = []
+        self._closed = True
+
+    def _check(self) -> None:
+        if self._closed:
+            raise Aborted("the fabric is closed")
+        if (reason := self._aborted) is not None:
+            raise Aborted(reason)
+
+
+def _partial(shard: ExpertShard, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Tensor:
+    x_TD = x_TD.to(shard.dtype)
+    partial_TD = torch.empty_like(x_TD)
+    shard.forward(layer, x_TD, phys_TK, w_TK, out_TD=partial_TD)
+    return partial_TD
 
 
 def local_membership(placement: ExpertPlacement, *, epoch: int = 1) -> Membership:

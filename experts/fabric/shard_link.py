@@ -3,7 +3,6 @@
 import logging
 import socket
 import time
-from contextlib import suppress
 from typing import NamedTuple, Self
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from experts.fabric import ShardAddress
 from experts.fabric.frames import BadFrame, Form, LayerFrame, PartialFrame, layer_of
 from experts.fabric.handshake import prove_router
-from experts.fabric.sockets import prepare, receive_frame, send_frame, set_kernel_timeout, shut
+from experts.fabric.open_sockets import OpenSockets
+from experts.fabric.sockets import Deadline, prepare, receive_frame, send_frame, set_kernel_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -28,46 +28,46 @@ class Patience(NamedTuple):
 
 
 class ShardLink:
-    """Used by one thread, except `shut`. Owns its socket and the memory of the shard's last answer."""
+    """Used by one thread. Owns its socket, one of `sockets`, and the memory of the shard's last answer."""
 
-    def __init__(self, address: ShardAddress, sock: socket.socket) -> None:
+    def __init__(self, address: ShardAddress, sock: socket.socket, sockets: OpenSockets) -> None:
         self.address = address
         self._socket = sock
+        self._sockets = sockets
         self._reply = PartialFrame(pinned=torch.cuda.is_available())
         self._owes_answer = False
         self._patience = Patience(slow_s=0.0, dead_s=0.0)
+        self._wakes_after_s = 0.0
         self._step = -1
         self._reported = False
         self._began_at = 0.0
         self._sent_at = 0.0
 
     @classmethod
-    def open(cls, address: ShardAddress, *, timeout_s: float, silence_s: float) -> Self:
-        """Connect and shake hands. silence_s: the kernel ends a link whose bytes stay unacknowledged for so long.
-
-        Raises OSError or FabricError.
-        """
-        began = time.monotonic()
-        sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
+    def open(cls, address: ShardAddress, sockets: OpenSockets, *, timeout_s: float) -> Self:
+        """Connect and shake hands. Raises OSError or FabricError."""
+        deadline = Deadline(timeout_s)
+        sock = sockets.connect(address.host, address.port, timeout_s=timeout_s)
         try:
             prepare(sock)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(silence_s * 1000))
-            left_s = max(0.001, timeout_s - (time.monotonic() - began))
-            prove_router(sock, name=address.name, token=address.token, within_s=left_s)
+            prove_router(sock, name=address.name, token=address.token, within_s=deadline.left_s())
         except BaseException:
-            sock.close()
+            sockets.close(sock)
             raise
-        return cls(address, sock)
+        return cls(address, sock, sockets)
 
     @property
     def idle(self) -> bool:
         """Open, and owes nothing: an answer that is still on its way would be taken for the next one."""
         if self._owes_answer:
             return False
-        with suppress(BlockingIOError):
+        try:
             self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            return False  # the end of the stream, or bytes that nobody asked for
-        return True
+        except BlockingIOError:
+            return True
+        except OSError:  # a reset, or a host that cannot be reached any more
+            return False
+        return False  # the end of the stream, or bytes that nobody asked for
 
     def begin(self, step: int, patience: Patience) -> None:
         """For the layers that follow."""
@@ -76,7 +76,7 @@ class ShardLink:
         if patience != self._patience:
             self._patience = patience
             set_kernel_timeout(self._socket, socket.SO_SNDTIMEO, patience.dead_s)
-            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, patience.slow_s)
+        self._wake_after(patience.slow_s)
 
     def send(self, request: LayerFrame) -> None:
         """Raises OSError."""
@@ -101,12 +101,8 @@ class ShardLink:
         self._owes_answer = False
         return reply.partial_TD
 
-    def shut(self) -> None:
-        """From any thread: the call in progress and all later ones raise."""
-        shut(self._socket)
-
     def close(self) -> None:
-        self._socket.close()
+        self._sockets.close(self._socket)
 
     def _keep_sending(self) -> None:
         if time.monotonic() >= self._began_at + self._patience.dead_s:
@@ -120,15 +116,21 @@ class ShardLink:
         if now >= give_up_at:
             raise TimeoutError(f"no answer for {waited_s:.3g} s")
         if waited_s < slow_s:
-            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, slow_s - waited_s)
+            self._wake_after(slow_s - waited_s)
             return
-        set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, give_up_at - now)
+        self._wake_after(give_up_at - now)
         if not self._reported:
             self._reported = True
             who, layer = f"shard {self.address.rank} ({self.address.name})", layer_of(self._awaiting)
             logger.warning(
                 "%s is slow: no answer for %.3g s to step %d, layer %d", who, waited_s, self._step, layer
             )
+
+    def _wake_after(self, seconds: float) -> None:
+        """A receive that gets nothing for so long asks _keep_receiving."""
+        if seconds != self._wakes_after_s:
+            self._wakes_after_s = seconds
+            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
 
 
 def _nothing_else(_: Form) -> bool:

@@ -1,8 +1,11 @@
 """Frames through a blocking socket, with the kernel's own timeouts (Python's would cost a poll per call)."""
 
+import errno
 import os
+import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,12 +33,43 @@ class Deadline:
         self._at = time.monotonic() + seconds
 
     def __call__(self) -> None:
-        if time.monotonic() >= self._at:
+        self.left_s()
+
+    def left_s(self) -> float:
+        """Above zero. Raises TimeoutError once nothing is left."""
+        left_s = self._at - time.monotonic()
+        if left_s <= 0:
             raise TimeoutError(f"no answer within {self._seconds:.1f} s")
+        return left_s
+
+
+def start_connecting(host: str, port: int) -> socket.socket:
+    """A TCP socket on its way to this peer: from now on `shut` ends it. Waits for nobody if host is an address."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        _raise_os_error(sock.connect_ex((host, port)), unless=errno.EINPROGRESS)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def finish_connecting(sock: socket.socket, *, timeout_s: float) -> None:
+    """Raises OSError, also once it is shut."""
+    ready = select.poll()
+    ready.register(sock, select.POLLOUT)
+    if not ready.poll(timeout_s * 1000):
+        raise TimeoutError(f"no connection within {timeout_s:.1f} s")
+    _raise_os_error(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
 
 def prepare(sock: socket.socket) -> None:
-    """Blocking, no Nagle delay, and a silent peer (power loss sends no RST) is noticed within 11 s."""
+    """Blocking, no Nagle delay, and a peer that falls silent (power loss sends no RST) ends the link within 11 s.
+
+    That is while it owes no acknowledgement; while it does, the kernel sends again for 15 minutes instead. No
+    TCP_USER_TIMEOUT: it would overrule the 11 s, and end links to a living peer that only does not read for a while.
+    """
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -113,6 +147,20 @@ def shut(sock: socket.socket) -> None:
     """Wake every thread that waits on this socket; they find it at its end. The owner still has to close it."""
     with suppress(OSError):  # it never was connected, or its peer was faster
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def ms_since_ack(sock: socket.socket) -> int:
+    """How long ago the peer's kernel last acknowledged anything, keepalive and window probes included."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_RECV + 4)
+    return int.from_bytes(info[_LAST_ACK_RECV:], sys.byteorder)
+
+
+_LAST_ACK_RECV = 56  # of struct tcp_info
+
+
+def _raise_os_error(code: int, *, unless: int = 0) -> None:
+    if code not in (0, unless):
+        raise OSError(code, os.strerror(code))
 
 
 def _send_some(sock: socket.socket, frame: memoryview) -> int:

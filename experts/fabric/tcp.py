@@ -5,28 +5,34 @@ Nothing can deadlock: a shard answers only what it has read to its end, and no s
 whenever this end blocks in a send, the other end reads. T tokens, D hidden, K top-k.
 """
 
+import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from experts.fabric import FabricError, Membership, PeerLost, ShardAddress, StepHeader, Ticket
+from experts.fabric import FabricError, Membership, PeerLost, ShardAddress, ShardFailed, StepHeader, Ticket
 from experts.fabric.frames import FrameShape, LayerFrame, write_moment
+from experts.fabric.open_sockets import OpenSockets
 from experts.fabric.shard_link import Patience, ShardLink
+from experts.fabric.sockets import PeerError
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_DEADLINE = 256
-WARMING = Patience(slow_s=600.0, dead_s=600.0)
+CLOSE_S = 5.0
 
 
 class TcpFabric:
-    """See Fabric. out_TD may be of any dtype and on any device, like x_TD; after a PeerLost its content is undefined.
+    """See Fabric. out_TD may be of any dtype and on any device, like x_TD; after an error its content is undefined.
 
-    hidden: D, even. wire_dtype: of x and of the partial sums on the wire, float32 or bfloat16.
-    slow_after_s, dead_after_s: for a layer of up to 256 rows; T rows may take T / 256 times as long. A warming step
-        has 10 minutes per layer. A shard's link that ends is a loss at once.
+    hidden: D, even. wire_dtype: of x and of the partial sums on the wire, float32 or bfloat16; frames.max_rows says
+        how many rows a layer may have.
+    slow_after_s, dead_after_s: for a layer of up to 256 rows; T rows may take T / 256 times as long.
+        A shard's link that ends is a loss at once.
     """
 
     def __init__(
@@ -36,11 +42,11 @@ class TcpFabric:
         self._wire_dtype = wire_dtype
         self._slow_after_s = slow_after_s
         self._dead_after_s = dead_after_s
+        self._sockets = OpenSockets()
+        self._one_call = threading.Lock()  # close waits for the call that it has ended
         self._links: dict[int, ShardLink] = {}
         self._lost: dict[int, str] = {}
-        self._ranks: tuple[int, ...] = ()
-        self._lock = threading.Lock()  # abort shuts sockets down, nobody closes one meanwhile
-        self._aborted: str | None = None
+        self._failed: dict[int, str] = {}
         self._header = StepHeader(epoch=0, step=-1, rows=0)
         self._request = LayerFrame(pinned=torch.cuda.is_available())
         self._dispatched_at = 0.0
@@ -48,34 +54,65 @@ class TcpFabric:
             self._sum_TD = torch.empty(0)
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
-        began = time.monotonic()
-        with self._lock:
-            self._aborted = None
-        self._ranks = tuple(shard.rank for shard in members.shards)
-        self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
-        stale = [r for r, link in self._links.items() if not (link.idle and link.address in members.shards)]
-        self._drop(stale)
-        missing = [shard for shard in members.shards if shard.rank not in self._links]
-        opened, self._lost = _open_links(missing, timeout_s=timeout_s, silence_s=self._dead_after_s)
-        with self._lock:
+        with self._one_call:
+            self._sockets.allow()
+            began = time.monotonic()
+            self._header = StepHeader(epoch=members.epoch, step=-1, rows=0)
+            self._failed = {}
+            self._drop(
+                r for r, link in self._links.items() if not (link.idle and link.address in members.shards)
+            )
+            missing = [shard for shard in members.shards if shard.rank not in self._links]
+            opened, self._lost = _open_links(missing, self._sockets, timeout_s=timeout_s)
             self._links = dict(sorted({**self._links, **opened}.items()))
-        self._raise_if_aborted()
-        if self._lost:
-            raise self._peer_lost(layer=-1, since=began)
+            self._sockets.check()
+            self._raise_if(PeerLost, self._lost, layer=-1, since=began)
 
     def begin(self, header: StepHeader) -> None:
         """Nothing crosses the wire: every layer's frame says which step it belongs to."""
-        self._raise_if_aborted()
-        assert header.epoch == self._header.epoch, (header, self._header)
-        self._header = header
-        scale = max(1.0, header.rows / ROWS_PER_DEADLINE)
-        patience = Patience(self._slow_after_s * scale, self._dead_after_s * scale)
-        for link in self._links.values():
-            link.begin(header.step, WARMING if header.warming else patience)
+        with self._one_call:
+            self._sockets.check()
+            assert header.epoch == self._header.epoch, (header, self._header)
+            self._header = header
+            scale = max(1.0, header.rows / ROWS_PER_DEADLINE)
+            patience = Patience(self._slow_after_s * scale, self._dead_after_s * scale)
+            for link in self._links.values():
+                link.begin(header.step, patience)
 
     def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
-        self._raise_if_aborted()
-        self._dispatched_at = time.monotonic()
+        with self._one_call:
+            self._sockets.check()
+            self._dispatched_at = time.monotonic()
+            self._fill_request(layer, x_TD, phys_TK, w_TK)
+            for rank, link in self._links.items():
+                try:
+                    link.send(self._request)
+                except OSError as error:
+                    self._lost[rank] = str(error)
+        return Ticket(layer=layer, rows=x_TD.shape[0])
+
+    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+        with self._one_call:
+            partials = self._receive_all()
+            self._sockets.check()
+            self._raise_if(PeerLost, self._lost, layer=ticket.layer, since=self._dispatched_at)
+            self._raise_if(ShardFailed, self._failed, layer=ticket.layer, since=self._dispatched_at)
+            _sum_in_float32(partials, self._sum_TD, out_TD)
+
+    def abort(self, reason: str) -> None:
+        self._sockets.abort(reason, for_ever=False)
+
+    def close(self) -> None:
+        self._sockets.abort("the fabric is closed", for_ever=True)
+        if not self._one_call.acquire(timeout=CLOSE_S):
+            logger.warning("a call still runs %.0f s after its sockets were shut: they stay open", CLOSE_S)
+            return
+        try:
+            self._drop(self._links)
+        finally:
+            self._one_call.release()
+
+    def _fill_request(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> None:
         request = self._request
         rows, hidden = x_TD.shape
         shape = FrameShape(rows, hidden, phys_TK.shape[1], self._wire_dtype)
@@ -88,14 +125,8 @@ class TcpFabric:
         request.phys_TK.copy_(phys_TK)
         request.w_TK.copy_(w_TK)
         write_moment(request, epoch=self._header.epoch, step=self._header.step, layer=layer)
-        for rank, link in self._links.items():
-            try:
-                link.send(request)
-            except OSError as error:
-                self._lost[rank] = str(error)
-        return Ticket(layer=layer, rows=rows)
 
-    def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
+    def _receive_all(self) -> list[Tensor]:
         """Reads every living shard's answer, even after a loss, so that their links are clean for the next epoch."""
         partials: list[Tensor] = []
         for rank, link in self._links.items():
@@ -103,44 +134,31 @@ class TcpFabric:
                 continue
             try:
                 partials.append(link.receive(self._request))
+            except PeerError as error:
+                self._failed[rank] = str(error)
             except (OSError, FabricError) as error:
                 self._lost[rank] = str(error)
-        self._raise_if_aborted(ticket.layer)
-        if self._lost:
-            self._drop(self._lost)
-            raise self._peer_lost(layer=ticket.layer, since=self._dispatched_at)
-        _sum_in_float32(partials, self._sum_TD, out_TD)
-
-    def abort(self, reason: str) -> None:
-        with self._lock:
-            self._aborted = self._aborted or reason
-            for link in self._links.values():
-                link.shut()
-
-    def close(self) -> None:
-        self.abort("the fabric is closed")
-        self._drop(self._links)
+        return partials
 
     def _drop(self, ranks: Iterable[int]) -> None:
-        with self._lock:
-            for rank in list(ranks):
-                if rank in self._links:
-                    self._links.pop(rank).close()
+        for rank in list(ranks):
+            if rank in self._links:
+                self._links.pop(rank).close()
 
-    def _raise_if_aborted(self, layer: int = -1) -> None:
-        if self._aborted is not None:
-            self._lost = dict.fromkeys(self._ranks, self._aborted)
-            raise self._peer_lost(layer=layer, since=time.monotonic())
-
-    def _peer_lost(self, *, layer: int, since: float) -> PeerLost:
-        return PeerLost(
-            sorted(self._lost),
-            epoch=self._header.epoch,
-            step=self._header.step,
-            layer=layer,
-            elapsed_s=time.monotonic() - since,
-            why="; ".join(f"shard {rank}: {why}" for rank, why in sorted(self._lost.items())),
-        )
+    def _raise_if(
+        self, error: type[PeerLost | ShardFailed], whys: Mapping[int, str], *, layer: int, since: float
+    ) -> None:
+        """Raises the error for these ranks, if there are any, whose links then are no more."""
+        if whys:
+            self._drop([*self._lost, *self._failed])
+            raise error(
+                sorted(whys),
+                epoch=self._header.epoch,
+                step=self._header.step,
+                layer=layer,
+                elapsed_s=time.monotonic() - since,
+                why="; ".join(f"shard {rank}: {why}" for rank, why in sorted(whys.items())),
+            )
 
 
 def _sum_in_float32(partials: Sequence[Tensor], sum_TD: Tensor, out_TD: Tensor) -> None:
@@ -158,7 +176,7 @@ def _sum_in_float32(partials: Sequence[Tensor], sum_TD: Tensor, out_TD: Tensor) 
 
 
 def _open_links(
-    shards: Sequence[ShardAddress], *, timeout_s: float, silence_s: float
+    shards: Sequence[ShardAddress], sockets: OpenSockets, *, timeout_s: float
 ) -> tuple[dict[int, ShardLink], dict[int, str]]:
     """All at once, so that one dead host costs one time-out. Returns the links, and why the others failed, by rank."""
     links: dict[int, ShardLink] = {}
@@ -167,8 +185,7 @@ def _open_links(
         return links, lost
     with ThreadPoolExecutor(len(shards)) as pool:
         futures = {
-            shard: pool.submit(ShardLink.open, shard, timeout_s=timeout_s, silence_s=silence_s)
-            for shard in shards
+            shard: pool.submit(ShardLink.open, shard, sockets, timeout_s=timeout_s) for shard in shards
         }
     for shard, future in futures.items():
         try:

@@ -6,7 +6,6 @@ nothing copied, checked or summed. The two take turns, round by round, and both 
 """
 
 import argparse
-import multiprocessing
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from experts.fabric.tcp import TcpFabric
 from experts.placement import even_placement
 from experts.weights import MoEShape
 from tests.bench import report
+from tests.processes import processes
 
 HIDDEN = 2048
 TOP_K = 8
@@ -50,8 +50,7 @@ def shard_process(rank: int, dtype: torch.dtype, parent: Connection) -> None:
     torch.set_num_threads(1)
     listener = ShardListener(IdleShard(rank, dtype), host="127.0.0.1", name=f"bench-{rank}", token=b"bench")
     parent.send(listener.address)
-    parent.poll(None)  # the parent closes its end
-    listener.close()
+    parent.poll(None)  # it ends
 
 
 def bare_process(num_in: int, num_out: int, parent: Connection) -> None:
@@ -72,26 +71,6 @@ def fill(sock: socket.socket, view: memoryview) -> None:
     received = 0
     while received < len(view):
         received += receive_some(sock, view[received:])
-
-
-@contextmanager
-def processes(target: Callable[..., None], arguments: list[tuple]) -> Iterator[list]:
-    """Start a process for each tuple of arguments; yields what each sent first, ends them by closing their pipe."""
-    context = multiprocessing.get_context("spawn")
-    started, pipes = [], []
-    for values in arguments:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(*values, theirs))
-        process.start()
-        theirs.close()
-        started.append(process)
-        pipes.append(ours)
-    try:
-        yield [pipe.recv() for pipe in pipes]
-    finally:
-        for pipe, process in zip(pipes, started, strict=True):
-            pipe.close()
-            process.join(10)
 
 
 @contextmanager

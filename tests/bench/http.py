@@ -36,8 +36,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "demo-model"
 STREAMS = (1, 4, 16, 64)
 NUM_TOKENS = 128
-NUM_TURNS = 2
-REPEATS = 2
+NUM_TURNS = 3
 PROMPT = "def read_file_{}(path):\n"
 
 
@@ -74,7 +73,7 @@ def _measure(
             with serve() as target:
                 asyncio.run(_rate(target, 16))
                 for streams, samples in zip(STREAMS, rates[side], strict=True):
-                    samples += [asyncio.run(_rate(target, streams)) for _ in range(REPEATS)]
+                    samples.append(asyncio.run(_rate(target, streams)))
                     print(f"turn {turn}, {side}, {streams} streams: {samples[-1]:.0f} tokens/s", flush=True)
     return rates
 

@@ -26,7 +26,7 @@ from router.request import Request, SamplingParams
 from router.tokenizer import Tokenizer
 from router.trunk import Trunk
 from tests.bench import report
-from tests.in_process import in_process
+from tests.in_process import CPU, in_process
 from tests.oracle import Oracle, load_model
 
 WINDOW = 512
@@ -65,7 +65,9 @@ def score_by_transformers(model: Any, windows: Iterable[Sequence[int]]) -> Tenso
     return torch.stack(scores)
 
 
-def logits_of_engine(path: Path, windows: Iterable[Sequence[int]], dtype: torch.dtype) -> Iterator[Tensor]:
+def logits_of_engine(
+    path: Path, windows: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device = CPU
+) -> Iterator[Tensor]:
     """[WINDOW, V] of each window. dtype: of trunk, wire and experts."""
     kept: list[Tensor] = []
     forward = Trunk.forward
@@ -75,7 +77,10 @@ def logits_of_engine(path: Path, windows: Iterable[Sequence[int]], dtype: torch.
         return kept[-1]
 
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True)
-    with patch.object(Trunk, "forward", keep), in_process(path, num_shards=NUM_SHARDS, dtype=dtype) as server:
+    with (
+        patch.object(Trunk, "forward", keep),
+        in_process(path, num_shards=NUM_SHARDS, dtype=dtype, device=device) as server,
+    ):
         for n, window in enumerate(windows):
             server.run([Request(str(n), tuple(window), params)])
             yield kept.pop()

@@ -17,19 +17,26 @@ _PACKAGES = ("torch", "transformers", "ray", "flashinfer-python", "triton", "num
 
 
 def emit(name: str, results: Sequence[dict[str, Any]], *, config: dict[str, Any], output: str | None) -> None:
-    """Print the JSON line; with `output`, a file name, also write it to tests/bench/results/."""
+    """Print the JSON line; with `output`, a file name, also write it to tests/bench/results/.
+
+    Exits with a sentence instead of writing a file whose commit is not what was measured.
+    """
+    changed = changed_files()
     line = json.dumps(
         {
             "benchmark": name,
             "config": config,
             "results": list(results),
-            **commit(),
+            "commit": _git("rev-parse", "HEAD").strip() or "unknown",
+            "dirty": bool(changed),
             "versions": versions(),
             "hardware": hardware(),
         }
     )
     print(line)
     if output is not None:
+        if changed:
+            raise SystemExit(f"--output {output} is not written: commit {', '.join(changed[:3])} first")
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / output).write_text(line + "\n")
 
@@ -56,9 +63,11 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-def commit() -> dict[str, Any]:
-    """The commit that was measured, and whether the working tree differed from it."""
-    return {"commit": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain"))}
+def changed_files() -> list[str]:
+    """In which the working tree differs from its commit; results do not count, they change nothing."""
+    besides_results = ["--", ".", f":!{RESULTS.relative_to(ROOT)}"]
+    status = _git("status", "--porcelain", "-z", "--no-renames", *besides_results)
+    return [entry[3:] for entry in status.split("\0") if entry]
 
 
 def _git(*arguments: str) -> str:
@@ -68,7 +77,7 @@ def _git(*arguments: str) -> str:
         )
     except FileNotFoundError:
         return ""
-    return done.stdout.strip()
+    return done.stdout
 
 
 def versions() -> dict[str, str]:

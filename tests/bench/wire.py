@@ -9,7 +9,6 @@ and each shard compute with 1, and the router waits while the shards compute. Ro
 
 import argparse
 import contextlib
-import multiprocessing
 import statistics
 import threading
 import time
@@ -19,19 +18,18 @@ from pathlib import Path
 
 import torch
 
-from experts.checkpoint import ExpertCheckpoint
-from experts.fabric import Fabric, Membership, ShardAddress
+from experts.fabric import Fabric, Membership
 from experts.fabric.link import ShardListener
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
-from experts.placement import ExpertPlacement, place_evenly
-from experts.shard import ExpertShard, load_shard
 from router.config import RouterConfig
 from router.engine import Engine
 from router.request import Request, RequestOutput, SamplingParams
 from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 from tests.bench.report import emit
+from tests.in_process import placement_of, shards_of
+from tests.processes import processes
 
 MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 NUM_SHARDS = 2
@@ -118,8 +116,8 @@ class _Engine:
 
 @contextlib.contextmanager
 def _local() -> Iterator[_Engine]:
-    placement = _placement(1)
-    engine = _Engine(LocalFabric([_load(placement, 0)]), local_membership(placement))
+    shards = shards_of(MODEL, 1, "torch", torch.float32, CPU)
+    engine = _Engine(LocalFabric(shards), local_membership(placement_of(MODEL, 1)))
     try:
         yield engine
     finally:
@@ -128,44 +126,22 @@ def _local() -> Iterator[_Engine]:
 
 @contextlib.contextmanager
 def _remote() -> Iterator[_Engine]:
-    spawn = multiprocessing.get_context("spawn")
-    pipes = [spawn.Pipe() for _ in range(NUM_SHARDS)]
-    processes = [
-        spawn.Process(target=_serve, args=(rank, theirs), daemon=True)
-        for rank, (_, theirs) in enumerate(pipes)
-    ]
-    for process in processes:
-        process.start()
-    addresses: list[ShardAddress] = [ours.recv() for ours, _ in pipes]
-    members = Membership(epoch=1, shards=tuple(addresses), placement=_placement(NUM_SHARDS))
-    fabric = TcpFabric(hidden=256, wire_dtype=torch.float32, slow_after_s=5, dead_after_s=30)
-    engine = _Engine(fabric, members)
-    try:
-        yield engine
-    finally:
-        engine.close()
-        for process in processes:
-            process.terminate()
-            process.join(10)
+    with processes(_serve, [(rank,) for rank in range(NUM_SHARDS)]) as addresses:
+        members = Membership(epoch=1, shards=tuple(addresses), placement=placement_of(MODEL, NUM_SHARDS))
+        fabric = TcpFabric(hidden=256, wire_dtype=torch.float32, slow_after_s=5, dead_after_s=30)
+        engine = _Engine(fabric, members)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def _serve(rank: int, parent: Connection) -> None:
     torch.set_num_threads(1)
-    listener = ShardListener(
-        _load(_placement(NUM_SHARDS), rank), host="127.0.0.1", name=f"{rank}", token=b"bench"
-    )
+    shard = shards_of(MODEL, NUM_SHARDS, "torch", torch.float32, CPU)[rank]
+    listener = ShardListener(shard, host="127.0.0.1", name=f"{rank}", token=b"bench")
     parent.send(listener.address)
-    threading.Event().wait()
-
-
-def _placement(num_ranks: int) -> ExpertPlacement:
-    with ExpertCheckpoint(MODEL) as checkpoint:
-        return place_evenly(checkpoint.shape, num_ranks=num_ranks)
-
-
-def _load(placement: ExpertPlacement, rank: int) -> ExpertShard:
-    with ExpertCheckpoint(MODEL) as checkpoint:
-        return load_shard(checkpoint, placement, rank=rank, backend="torch", dtype=torch.float32, device=CPU)
+    parent.poll(None)  # it ends
 
 
 if __name__ == "__main__":

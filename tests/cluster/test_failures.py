@@ -1,9 +1,11 @@
 """Processes are killed and stopped while tokens flow."""
 
 import asyncio
+import itertools
 import os
 import signal
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Sequence
 
 import openai
 import pytest
@@ -15,8 +17,30 @@ pytestmark = pytest.mark.cluster
 NUM_STREAMS = 16
 NUM_TOKENS = 60
 
+DEAD_AFTER_S = 3.0
+"""The shared server's fabric.dead_after_s."""
 
-async def _stream(server: Server, index: int, *, on_first: Callable[[], None] = lambda: None) -> str:
+LOAD_S = 30.0
+"""A new shard takes a few seconds from its start to its first answer; on a machine that others use, this at most."""
+
+
+class Arrivals:
+    """When text came: of any stream, and for the first time of each."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.begun = asyncio.Semaphore(0)
+
+    def note(self, *, first: bool) -> None:
+        self.times.append(time.monotonic())
+        if first:
+            self.begun.release()
+
+    def longest_pause_s(self) -> float:
+        return max(later - earlier for earlier, later in itertools.pairwise(self.times))
+
+
+async def _stream(server: Server, index: int, arrivals: Arrivals) -> str:
     stream = await server.async_client().completions.create(
         model="demo",
         prompt=f"def function_{index}(x):\n",
@@ -27,60 +51,59 @@ async def _stream(server: Server, index: int, *, on_first: Callable[[], None] = 
     )
     text = ""
     async for chunk in stream:
-        if chunk.choices[0].text and not text:
-            on_first()
+        if chunk.choices[0].text:
+            arrivals.note(first=not text)
         text += chunk.choices[0].text
     return text
 
 
 async def _streams(
-    server: Server, *, meanwhile: Callable[[], Awaitable[None]] | None = None
-) -> list[str | BaseException]:
-    """The texts of all streams; `meanwhile` is awaited once each of them has had text and none has ended."""
-    waiting = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(_stream(server, i, on_first=waiting.release)) for i in range(NUM_STREAMS)]
+    server: Server, *, kill: Sequence[int] = (), number: signal.Signals = signal.SIGKILL
+) -> tuple[list[str | BaseException], float]:
+    """The texts of all streams, and how long none had any at most.
+
+    kill: processes that are sent the signal once every stream has had text and none has ended.
+    """
+    arrivals = Arrivals()
+    tasks = [asyncio.create_task(_stream(server, index, arrivals)) for index in range(NUM_STREAMS)]
     for _ in tasks:
-        await waiting.acquire()
-    if meanwhile is not None:
-        assert not any(task.done() for task in tasks)
-        await meanwhile()
-    return await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _send(pid: int, number: signal.Signals) -> Callable[[], Awaitable[None]]:
-    async def send() -> None:
+        await arrivals.begun.acquire()
+    assert not any(task.done() for task in tasks)
+    for pid in kill:
         os.kill(pid, number)
-
-    return send
+    texts = await asyncio.gather(*tasks, return_exceptions=True)
+    return texts, arrivals.longest_pause_s()
 
 
 def test_streams_survive_a_killed_shard(server: Server) -> None:
-    undisturbed = asyncio.run(_streams(server))
+    undisturbed, _ = asyncio.run(_streams(server))
     before = server.shard_pids()
-    texts = asyncio.run(_streams(server, meanwhile=_send(before[1], signal.SIGKILL)))
+    texts, pause_s = asyncio.run(_streams(server, kill=[before[1]]))
     assert texts == undisturbed
+    assert pause_s < LOAD_S
     after = server.shard_pids()
     assert after[0] == before[0]
     assert after[1] != before[1]
 
 
 def test_a_shard_that_hangs_is_replaced_after_the_deadline(server: Server) -> None:
-    undisturbed = asyncio.run(_streams(server))
+    undisturbed, _ = asyncio.run(_streams(server))
     before = server.shard_pids()
-    texts = asyncio.run(_streams(server, meanwhile=_send(before[0], signal.SIGSTOP)))
+    texts, pause_s = asyncio.run(_streams(server, kill=[before[0]], number=signal.SIGSTOP))
     assert texts == undisturbed
+    assert 0.9 * DEAD_AFTER_S < pause_s < DEAD_AFTER_S + LOAD_S
     assert server.shard_pids()[0] != before[0]
     eventually(lambda: not _is_alive(before[0]), what="the stopped process is gone", timeout_s=30)
 
 
 def test_a_killed_router_fails_its_requests_and_its_successor_takes_the_shards_over(server: Server) -> None:
     before, router_pid = server.shard_pids(), server.detail()["router_pid"]
-    texts = asyncio.run(_streams(server, meanwhile=_send(router_pid, signal.SIGKILL)))
+    texts, _ = asyncio.run(_streams(server, kill=[router_pid]))
     assert all(isinstance(error, openai.APIError) and "router died" in str(error) for error in texts), texts
     server.wait_until_ready()
     assert server.detail()["router_pid"] != router_pid
     assert server.shard_pids() == before
-    assert all(isinstance(text, str) and text for text in asyncio.run(_streams(server)))
+    assert all(isinstance(text, str) and text for text in asyncio.run(_streams(server))[0])
 
 
 def test_a_killed_fleet_comes_back_and_still_replaces_shards(server: Server) -> None:
@@ -98,6 +121,17 @@ def test_a_killed_fleet_comes_back_and_still_replaces_shards(server: Server) -> 
     )
     server.wait_until_ready()
     assert server.shard_pids()[1] == before[1]
+
+
+def test_streams_survive_their_fleet_and_all_shards_killed_together(server: Server) -> None:
+    undisturbed, _ = asyncio.run(_streams(server))
+    before = server.detail()
+    shards = server.shard_pids().values()
+    texts, pause_s = asyncio.run(_streams(server, kill=[before["fleet_pid"], *shards]))
+    assert texts == undisturbed
+    assert pause_s < LOAD_S
+    assert server.detail()["epoch"] > before["epoch"]
+    assert not set(shards) & set(server.shard_pids().values())
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,15 +1,25 @@
 """A router and two shards in three processes, asked by the openai client."""
 
 import asyncio
+import os
 import re
+import signal
+import time
+from collections import defaultdict
 
 import httpx
 import openai
 import pytest
 
-from tests.cluster.server import Server, eventually
+from tests.cluster.server import Server, eventually, is_ready
 
 pytestmark = pytest.mark.cluster
+
+EXPORT_S = 11.0
+"""Ray collects metrics every 10 s."""
+
+READY_WITHIN_S = 10.0
+"""router.ready_within_s of the demo."""
 
 PROMPTS = [f"def function_{i}(x, y):\n" + "    # a comment\n" * (i % 5) for i in range(32)]
 
@@ -87,7 +97,7 @@ def test_a_full_queue_is_a_429_with_retry_after(server: Server) -> None:
         answers = await asyncio.gather(
             *(
                 client.completions.create(
-                    model="demo", prompt="x", max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+                    model="demo", prompt="x", max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
                 )
                 for _ in range(60)
             ),
@@ -106,21 +116,42 @@ def test_a_full_queue_is_a_429_with_retry_after(server: Server) -> None:
     [
         ({"prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
         ({"prompt": "x " * 5000}, 400, "context"),
+        ({"prompt": ["x"] * 37}, 400, "at most 36"),
+        ({"prompt": [4096]}, 400, "vocabulary of 4096"),
         ({"prompt": "x", "model": "another"}, 404, "another"),
         ({"prompt": ""}, 400, "empty"),
         ({"prompt": "x", "temperature": "hot"}, 400, "temperature"),
     ],
-    ids=["negative max_tokens", "too long", "unknown model", "empty", "wrong type"],
+    ids=["negative max_tokens", "too long", "too many", "unknown id", "unknown model", "empty", "wrong type"],
 )
-def test_bad_input_is_refused_in_openai_shape(
+def test_bad_input_is_refused_and_harms_nobody_else(
     server: Server, body: dict[str, object], status: int, says: str
 ) -> None:
-    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", **body})
+    async def beside_a_stream() -> tuple[httpx.Response, str]:
+        stream = await server.async_client().completions.create(
+            model="demo",
+            prompt=PROMPTS[4],
+            max_tokens=48,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        text, refused = "", None
+        async for chunk in stream:
+            text += chunk.choices[0].text
+            if refused is None:
+                async with httpx.AsyncClient() as http:
+                    refused = await http.post(f"{server.url}/v1/completions", json={"model": "demo", **body})
+                assert chunk.choices[0].finish_reason is None, "the stream must still run"
+        assert refused is not None
+        return refused, text
+
+    answer, text = asyncio.run(beside_a_stream())
     error = answer.json()["error"]
     assert answer.status_code == status
     assert says in error["message"]
     assert error["type"]
-    assert greedy(server, "x", max_tokens=2), "and nobody else is harmed"
+    assert text == greedy(server, PROMPTS[4], max_tokens=48)
 
 
 def test_json_that_is_none_is_refused(server: Server) -> None:
@@ -137,12 +168,77 @@ def test_every_shard_computed_something(server: Server) -> None:
     assert len({shard["pid"] for shard in shards} | {server.detail()["router_pid"]}) == 3
 
 
-def test_metrics_reach_rays_endpoint(server: Server) -> None:
-    greedy(server, PROMPTS[3])
+@pytest.mark.slow
+def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> None:
     port = server.detail()["metrics_port"]
 
-    def scraped() -> bool:
+    def counted() -> dict[str, float]:
         text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-        return re.search(r"^ray_sparkmoe_generation_tokens_total\{.*\} [1-9]", text, re.MULTILINE) is not None
+        lines = re.findall(r"^ray_sparkmoe_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+        found: dict[str, float] = defaultdict(float)
+        for name, labels, value in lines:
+            if not name.endswith(("_total", "_count")):
+                continue
+            reason = re.search(r'reason="(\w+)"', labels)
+            found[f"{name} {reason[1]}" if reason else name] += float(value)
+        return found
 
-    eventually(scraped, what="the counter of generated tokens is above 0", timeout_s=30)
+    def settled() -> dict[str, float]:
+        before = counted()
+        time.sleep(EXPORT_S)
+        return before if counted() == before else {}
+
+    answer = server.client().completions.create(
+        model="demo", prompt=PROMPTS[3], max_tokens=30, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage is not None
+    expected = {
+        "prompt_tokens_total": answer.usage.prompt_tokens,
+        "generation_tokens_total": 30,
+        "requests_finished_total length": 1,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_count": 29,
+        "e2e_request_latency_seconds_count": 1,
+    }
+    before = eventually(settled, what="nothing is counted that was asked for before", timeout_s=60)
+    time.sleep(READY_WITHIN_S)
+    server.wait_until_ready()  # by a step of its own
+    greedy(server, PROMPTS[3], max_tokens=30)
+    eventually(
+        lambda: counted()["requests_finished_total length"] > before["requests_finished_total length"],
+        what="the request is counted",
+        timeout_s=30,
+    )
+    after = counted()
+    assert {name: after[name] - before[name] for name in expected} == expected
+
+
+def test_a_killed_ingress_leaves_no_request_behind(server: Server) -> None:
+    """Serve does not tell the router that nobody reads its outputs any more."""
+    expected, router_pid = greedy(server, PROMPTS[5]), server.detail()["router_pid"]
+
+    async def be_cut_off() -> None:
+        stream = await server.async_client().completions.create(
+            model="demo",
+            prompt=PROMPTS[1],
+            n=8,
+            max_tokens=3000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        await anext(aiter(stream))
+        detail = server.detail()
+        assert detail["num_running"] > 0
+        os.kill(detail["ingress_pid"], signal.SIGKILL)
+        async for _ in stream:  # what was on its way, then an error
+            pass
+
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        asyncio.run(be_cut_off())
+    eventually(
+        lambda: is_ready(server.url) and server.detail().get("num_running") == 0,
+        what="its requests are cancelled",
+        timeout_s=20,
+    )
+    assert server.detail()["router_pid"] == router_pid
+    assert greedy(server, PROMPTS[5]) == expected

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
 from tests.cluster.server import DEMO, ROOT, free_port, serving
@@ -32,6 +33,7 @@ def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
     assert name in started.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_every_process_it_started() -> None:
     with serving("fabric.kind=local", "experts.shards=3") as server:
         pids = [server.detail()["router_pid"], *_descendants(server.process.pid)]
@@ -39,6 +41,34 @@ def test_sigterm_ends_every_process_it_started() -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_joined_is_left_as_it_was_found() -> None:
+    """Twice on the same port: what the first leaves behind would refuse the second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # where Serve's workers find deploy/
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20},
+        )
+    try:
+        port, joining = f"http_options.port={free_port()}", {"RAY_ADDRESS": str(cluster.address)}
+        with serving(port, environment=joining):
+            second = subprocess.run(
+                [sys.executable, "-m", "deploy", "serve", str(DEMO), "--set", port],
+                cwd=ROOT,
+                env={**os.environ, **joining},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert second.returncode == 2
+            assert second.stderr.startswith("sparkmoe: Serve on this cluster already runs sparkmoe, ")
+        with serving(port, environment=joining):
+            pass
+    finally:
+        cluster.shutdown()
 
 
 def _descendants(pid: int) -> list[int]:

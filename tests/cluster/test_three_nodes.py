@@ -17,11 +17,17 @@ from ray.util import list_named_actors
 from deploy.config import load
 from deploy.launch import readiness
 from deploy.spec import NAMESPACE
+from router.tokenizer import Tokenizer
 from tests.cluster.server import DEMO, ROOT, eventually, free_port, is_ready
+from tests.oracle import NEAR_TIE, Oracle
 
 pytestmark = pytest.mark.cluster
 
 LEASE_S = 10
+
+MODEL = ROOT / "configs" / "demo-model"
+PROMPTS = ["def fibonacci(n):\n", "import os\n\nclass Config:\n", "for i in range(10):\n"]
+NUM_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +60,21 @@ class Deployed:
     def __init__(self, dashboard: str, folder: Path) -> None:
         self._dashboard = dashboard
         self._file = folder / "served.yaml"
-        checked, self._raw = load(DEMO, [f"http_options.port={free_port()}", f"fleet.lease_s={LEASE_S}"])
+        settings = [
+            f"http_options.port={free_port()}",
+            f"fleet.lease_s={LEASE_S}",
+            "router.dtype=float32",
+            "fabric.wire_dtype=float32",
+        ]
+        checked, self._raw = load(DEMO, settings)
         self.url = checked.url
 
     def deploy(self, *, shards: int) -> None:
+        """Returns when so many shards serve."""
+        self.hand_in(shards=shards)
+        eventually(lambda: self._ready_with(shards), what=f"{shards} shards are ready", timeout_s=120)
+
+    def hand_in(self, *, shards: int) -> None:
         self._raw["applications"][0]["deployments"][0]["user_config"]["experts"]["shards"] = shards
         self._file.write_text(yaml.safe_dump(self._raw))
         command = [
@@ -68,7 +85,6 @@ class Deployed:
             self._dashboard,
         ]
         subprocess.run(command, check=True, timeout=60, capture_output=True)
-        eventually(lambda: self._ready_with(shards), what=f"{shards} shards are ready", timeout_s=120)
 
     def detail(self) -> dict[str, Any]:
         return readiness(self.url)[2]
@@ -76,7 +92,11 @@ class Deployed:
     def greedy(self, prompt: str) -> str:
         client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
         answer = client.completions.create(
-            model="demo", prompt=prompt, max_tokens=48, temperature=0, extra_body={"ignore_eos": True}
+            model="demo",
+            prompt=prompt,
+            max_tokens=NUM_TOKENS,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
         return answer.choices[0].text
 
@@ -89,22 +109,42 @@ def deployed(dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> Deploy
     return Deployed(dashboard, tmp_path_factory.mktemp("served"))
 
 
+@pytest.fixture(scope="module")
+def expected() -> list[str]:
+    """What transformers' own model answers; nowhere does it all but toss a coin, so there is no other exact answer."""
+    tokenizer = Tokenizer(MODEL)
+    answers = Oracle(MODEL).generate([tokenizer.encode(prompt) for prompt in PROMPTS], NUM_TOKENS)
+    assert all(min(answer.margins) > NEAR_TIE for answer in answers)
+    return [tokenizer.decode(answer.tokens) for answer in answers]
+
+
 def test_serve_deploy_takes_the_file_and_shards_spread_over_nodes(deployed: Deployed) -> None:
     deployed.deploy(shards=3)
     assert len({shard["node"] for shard in deployed.detail()["shards"]}) == 3
 
 
-def test_any_number_of_shards_gives_the_same_tokens_and_changing_it_keeps_the_router(
-    deployed: Deployed,
+def test_any_number_of_shards_gives_transformers_tokens_and_changing_it_keeps_the_router(
+    deployed: Deployed, expected: list[str]
 ) -> None:
-    prompts = ["def fibonacci(n):\n", "import os\n\nclass Config:\n"]
     router_pid = deployed.detail()["router_pid"]
-    texts = {}
     for shards in (3, 1, 2, 4):
         deployed.deploy(shards=shards)
-        texts[shards] = [deployed.greedy(prompt) for prompt in prompts]
-    assert all(answer == texts[1] for answer in texts.values())
+        assert [deployed.greedy(prompt) for prompt in PROMPTS] == expected, f"{shards} shards"
     assert deployed.detail()["router_pid"] == router_pid
+
+
+def test_more_shards_than_experts_are_refused_and_what_runs_goes_on(
+    deployed: Deployed, expected: list[str]
+) -> None:
+    before = deployed.detail()
+    deployed.hand_in(shards=33)
+    eventually(
+        lambda: "shards=33" in deployed.detail().get("refused", ""), what="it is refused", timeout_s=60
+    )
+    after = deployed.detail()
+    assert after["router_pid"] == before["router_pid"]
+    assert [shard["pid"] for shard in after["shards"]] == [shard["pid"] for shard in before["shards"]]
+    assert deployed.greedy(PROMPTS[0]) == expected[0]
 
 
 def test_serve_delete_leaves_no_actor_behind(deployed: Deployed) -> None:

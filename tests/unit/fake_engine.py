@@ -8,22 +8,21 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from deploy.engine_client import EngineClient, Readiness
-from deploy.ingress import build_ingress
-from router.request import FinishReason, Request, RequestOutput, TokenLogprob
+from deploy.engine_client import EngineClient, Limits, Readiness, RouterLost
+from deploy.ingress import Served, build_ingress
+from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
-MAX_MODEL_LEN = 64
+LIMITS = Limits(max_model_len=64, max_requests=48)
+MODEL = Served("demo", vocab_size=256, defaults=SamplingParams(temperature=0.5, top_k=40))
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
-Step = RequestOutput | Exception | None
-"""What an engine does next: put out, fail, or (None) wait until it is cancelled."""
+Step = RequestOutput | Exception | float | None
+"""What an engine does next: put out, fail, pause for so many seconds, or (None) wait until it is cancelled."""
 
 
 class ByteTokenizer:
-    vocab_size = 256
-
     def encode(self, text: str, /) -> list[int]:
         return list(text.encode())
 
@@ -49,6 +48,12 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.readiness: Readiness | Exception = Readiness(ready=True, detail={"epoch": 3})
+        self.reached: Limits | RouterLost = LIMITS
+
+    def limits(self) -> Limits:
+        if isinstance(self.reached, RouterLost):
+            raise self.reached
+        return self.reached
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)
@@ -58,6 +63,8 @@ class FakeEngine:
                 await asyncio.sleep(0)
                 if step is None:
                     await asyncio.Event().wait()
+                elif isinstance(step, int | float):
+                    await asyncio.sleep(step)
                 elif isinstance(step, Exception):
                     raise step
                 else:
@@ -86,9 +93,7 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
 
 
 def ingress_over(engine: EngineClient) -> FastAPI:
-    return build_ingress(
-        client=engine, tokenizer=ByteTokenizer(), model_name="demo", max_model_len=MAX_MODEL_LEN
-    )
+    return build_ingress(client=engine, tokenizer=ByteTokenizer(), model=MODEL)
 
 
 def http_client(app: FastAPI) -> httpx.AsyncClient:

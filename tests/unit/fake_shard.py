@@ -1,5 +1,6 @@
 """A shard without experts, for tests of the wire, and what it takes to reach it. T tokens, D hidden, K top-k."""
 
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from multiprocessing.connection import Connection
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from experts.fabric import Fabric, Membership, ShardAddress, StepHeader
 from experts.fabric.link import ShardListener
+from experts.fabric.tcp import TcpFabric
 from experts.placement import even_placement
 from experts.weights import MoEShape
 
@@ -88,8 +90,40 @@ def members_of(addresses: Sequence[ShardAddress], *, epoch: int) -> Membership:
     return Membership(epoch=epoch, shards=tuple(addresses), placement=placement)
 
 
-def begin(fabric: Fabric, *, epoch: int = 1, step: int = 0, rows: int = 1, warming: bool = False) -> None:
-    fabric.begin(StepHeader(epoch=epoch, step=step, rows=rows, warming=warming))
+def begin(fabric: Fabric, *, epoch: int = 1, step: int = 0, rows: int = 1) -> None:
+    fabric.begin(StepHeader(epoch=epoch, step=step, rows=rows))
+
+
+def tcp_fabric(
+    *, wire_dtype: torch.dtype = torch.float32, slow_after_s: float = 2.5, dead_after_s: float = 5.0
+) -> TcpFabric:
+    return TcpFabric(
+        hidden=HIDDEN, wire_dtype=wire_dtype, slow_after_s=slow_after_s, dead_after_s=dead_after_s
+    )
+
+
+@contextmanager
+def connected(
+    *addresses: ShardAddress,
+    wire_dtype: torch.dtype = torch.float32,
+    slow_after_s: float = 2.5,
+    dead_after_s: float = 5.0,
+) -> Iterator[TcpFabric]:
+    """In step 0 of epoch 1."""
+    fabric = tcp_fabric(wire_dtype=wire_dtype, slow_after_s=slow_after_s, dead_after_s=dead_after_s)
+    with closing(fabric):
+        fabric.connect(members_of(addresses, epoch=1), timeout_s=5)
+        begin(fabric)
+        yield fabric
+
+
+def addresses_of(listeners: Sequence[ShardListener]) -> list[ShardAddress]:
+    return [listener.address for listener in listeners]
+
+
+def address_of(server: socket.socket, *, rank: int, name: str = "nobody") -> ShardAddress:
+    """Of a listening socket that plays a shard."""
+    return ShardAddress(rank, "127.0.0.1", server.getsockname()[1], name=name, pid=0, token=TOKEN)
 
 
 @contextmanager
@@ -106,7 +140,7 @@ def listening(shards: Sequence[FakeShard], *, incarnation: str = "first") -> Ite
 
 
 def serve_in_process(rank: int, num_ranks: int, parent: Connection) -> None:
-    """The life of a shard process: sends its address, serves until the parent closes the pipe."""
+    """For tests.processes: sends its address, serves until the pipe ends."""
     with listening([FakeShard(rank, num_ranks=num_ranks)], incarnation="process") as (listener,):
         parent.send(listener.address)
         parent.poll(None)

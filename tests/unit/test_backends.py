@@ -3,8 +3,10 @@
 T tokens, D hidden, K top-k, E logical experts, P physical slots.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from experts.backends import BACKENDS
 from experts.nvfp4 import quantize
 from experts.placement import EMPTY, ExpertPlacement, even_placement
 from experts.shard import ExpertShard, slots_of
@@ -125,6 +129,20 @@ def test_torch_equals_the_reference(logical: list[list[int]], dtype: torch.dtype
     assert (ours[absent_T] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_bfloat16_outputs_are_summed_in_float32(backend: str) -> None:
+    """512 y and then 32 times y: in bfloat16 each of the 32 would be lost, 6 % of the sum."""
+    case = call([[3] * 33] * 5, dtype=torch.bfloat16)
+    w_TK = torch.tensor([[512.0] + [1.0] * 32]).repeat(5, 1)
+    summed = forward(whole(backend, torch.bfloat16), case.x_TD, case.logical_TK, w_TK)
+    once_T1 = torch.full((5, 1), 544.0)
+    truth = forward(
+        whole("reference", torch.float32), case.x_TD.float(), case.logical_TK[:, :1].contiguous(), once_T1
+    )
+    error = (summed.float() - truth).norm() / truth.norm()
+    assert error < 0.02
+
+
 @settings(max_examples=30)
 @given(calls())
 def test_torch_equals_the_reference_whatever_is_routed(case: Call) -> None:
@@ -175,6 +193,58 @@ def test_no_tokens_are_no_work() -> None:
     shard = make_shard(ONE_RANK, 0, "torch", torch.float32)
     shard.forward(LAYER, empty, ids_TK, torch.empty(0, 2), out_TD=torch.empty_like(empty))
     assert shard.num_pairs == 0
+
+
+class NoBackend:
+    """Computes nothing."""
+
+    def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None: ...
+
+    def forward(
+        self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor
+    ) -> None: ...
+
+
+class Operations(TorchDispatchMode):
+    """names: of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def idle_shard(monkeypatch: pytest.MonkeyPatch) -> ExpertShard:
+    monkeypatch.setitem(BACKENDS, "none", lambda shape, num_slots, dtype, device: NoBackend())
+    return make_shard(ONE_RANK, 0, "none", torch.float32)
+
+
+def test_a_forward_waits_for_no_device_and_counts_its_pairs(idle_shard: ExpertShard) -> None:
+    case = call([[0, EMPTY, 6]] * 3)
+    with Operations() as operations:
+        forward(idle_shard, case.x_TD, case.logical_TK, case.w_TK)
+    assert operations.names
+    assert "aten._local_scalar_dense.default" not in operations.names  # what reads a number from a device
+    with torch.inference_mode():
+        forward(idle_shard, case.x_TD, case.logical_TK, case.w_TK)
+    assert idle_shard.num_pairs == 12
+
+
+def test_links_in_parallel_lose_no_count(idle_shard: ExpertShard) -> None:
+    case = call([[0, 1, 2]] * 4)
+
+    def link() -> None:
+        for _ in range(300):
+            forward(idle_shard, case.x_TD, case.logical_TK, case.w_TK)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(link) for _ in range(4)]:
+            done.result(timeout=60)
+    assert idle_shard.num_pairs == 4 * 300 * 12
 
 
 def test_refuses_a_layer_without_experts() -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.fabric import PeerLost, StepHeader, Ticket
+from experts.fabric import PeerLost, ShardFailed, StepHeader, Ticket
 from experts.fabric.faulty import Lost
 from experts.fabric.local import LocalFabric
 from experts.shard import ExpertShard
 from router.config import KVCacheConfig, RouterConfig
 from router.engine import QueueFull
 from router.request import Request, SamplingParams
-from router.retries import MAX_LOSSES
+from router.retries import MAX_FAILURES
 from tests.families import VOCAB_SIZE, write_nvfp4
 from tests.in_process import Joined, faulty, greedy, in_process
 
@@ -57,26 +57,42 @@ class PoisonFabric(LocalFabric):
 
 
 class FragileFabric(LocalFabric):
-    """A step of so many rows or more loses a shard, every time."""
+    """A step of so many rows or more goes wrong, every time."""
 
-    def __init__(self, shards: Sequence[ExpertShard], *, rows: int) -> None:
+    def __init__(
+        self, shards: Sequence[ExpertShard], *, rows: int, error: type[PeerLost | ShardFailed]
+    ) -> None:
         super().__init__(shards)
         self._rows = rows
+        self._error = error
+        self.num_failures = 0
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
         super().combine(ticket, out_TD)
         if ticket.rows >= self._rows:
-            raise PeerLost([0], epoch=1, step=0, layer=0, elapsed_s=0.0, why="out of memory")
+            self.num_failures += 1
+            raise self._error([0], epoch=1, step=0, layer=0, elapsed_s=0.0, why="out of memory")
 
 
-def test_a_request_that_kills_shards_again_and_again_is_given_up(
-    model: Path, undisturbed: dict[str, Joined]
+@pytest.mark.parametrize("error", [PeerLost, ShardFailed])
+def test_a_request_that_shards_fail_in_again_and_again_is_given_up(
+    model: Path, undisturbed: dict[str, Joined], error: type[PeerLost | ShardFailed]
 ) -> None:
-    """The second one's prompt of 20 tokens is too much, alone and together with the others."""
-    with in_process(model, num_shards=2, fabric=partial(FragileFabric, rows=20)) as server:
+    """The second one's prompt of 20 tokens is too much, alone and together with the others.
+
+    One that says why it failed lives: it is only reported, and replaced, if that happens twice.
+    """
+    fabrics: list[FragileFabric] = []
+
+    def fragile(shards: Sequence[ExpertShard]) -> LocalFabric:
+        fabrics.append(FragileFabric(shards, rows=20, error=error))
+        return fabrics[0]
+
+    with in_process(model, num_shards=2, fabric=fragile) as server:
         answers = server.run(REQUESTS, failing={"1"})
-        assert len(server.losses) == MAX_LOSSES
-    assert answers["1"].error == "its steps lost the expert shards"
+        assert len(server.losses) == (MAX_FAILURES if error is PeerLost else 1)
+    assert fabrics[0].num_failures == MAX_FAILURES
+    assert answers["1"].error == "the expert shards failed in each of its steps"
     for name in ("0", "2"):
         assert answers[name].tokens == undisturbed[name].tokens
 
@@ -118,7 +134,7 @@ def test_one_more_than_the_queue_holds_is_refused(model: Path) -> None:
         assert all(answer.finish == "length" for answer in answers.values())
 
 
-@pytest.mark.parametrize("part", ["router.trunk.Trunk.forward", "router.engine._sample"])
+@pytest.mark.parametrize("part", ["router.trunk.Trunk.forward", "router.engine.sample_next"])
 def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(
     model: Path, undisturbed: dict[str, Joined], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

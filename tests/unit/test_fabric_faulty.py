@@ -7,17 +7,17 @@ from contextlib import closing, contextmanager
 import pytest
 import torch
 
-from experts.fabric import Membership, PeerLost
-from experts.fabric.faulty import Fault, FaultyFabric, Lost, Slow, Unreachable
-from experts.fabric.tcp import TcpFabric
+from experts.fabric import Membership, PeerLost, ShardFailed
+from experts.fabric.faulty import Failed, Fault, FaultyFabric, Lost, Slow, Unreachable
 from tests.unit.fake_shard import (
-    HIDDEN,
+    addresses_of,
     begin,
     fake_shards,
     in_process,
     layer_input,
     listening,
     members_of,
+    tcp_fabric,
     through,
 )
 
@@ -28,10 +28,8 @@ GIVEN = layer_input(3)
 @contextmanager
 def faulty(*faults: Fault) -> Iterator[tuple[FaultyFabric, Membership]]:
     """Over tcp, in epoch 1."""
-    inner = TcpFabric(hidden=HIDDEN, wire_dtype=torch.float32, slow_after_s=1, dead_after_s=2)
-    with listening(SHARDS) as listeners, closing(FaultyFabric(inner, faults)) as fabric:
-        members = members_of([listener.address for listener in listeners], epoch=1)
-        yield fabric, members
+    with listening(SHARDS) as listeners, closing(FaultyFabric(tcp_fabric(), faults)) as fabric:
+        yield fabric, members_of(addresses_of(listeners), epoch=1)
 
 
 def test_a_lost_shard_stays_lost_until_connect_and_is_lost_once() -> None:
@@ -49,6 +47,22 @@ def test_a_lost_shard_stays_lost_until_connect_and_is_lost_once() -> None:
         begin(fabric, step=3)
         assert torch.equal(through(fabric, 2, GIVEN), in_process(SHARDS, 2, GIVEN))
         assert fabric.pending == []
+
+
+def test_a_shard_that_failed_is_named_unless_another_is_lost() -> None:
+    faults = (Failed(rank=0, step=0, layer=1), Lost(rank=1, step=0, layer=2))
+    with faulty(*faults) as (fabric, members):
+        fabric.connect(members, timeout_s=5)
+        begin(fabric)
+        with pytest.raises(ShardFailed, match="living shard 0 at epoch 1, step 0, layer 1") as failed:
+            through(fabric, 1, GIVEN)
+        assert failed.value.ranks == (0,)
+        with pytest.raises(PeerLost) as lost:
+            through(fabric, 2, GIVEN)
+        assert lost.value.ranks == (1,)
+        fabric.connect(members, timeout_s=5)
+        begin(fabric)
+        assert torch.equal(through(fabric, 1, GIVEN), in_process(SHARDS, 1, GIVEN))
 
 
 def test_a_slow_layer_is_slow_once_and_right() -> None:

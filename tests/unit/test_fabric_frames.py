@@ -1,5 +1,7 @@
 """The wire format: what is packed can be unpacked, and nothing else can."""
 
+import struct
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,10 @@ from hypothesis import strategies as st
 from experts.fabric.frames import (
     FORM_BYTES,
     HEADER_BYTES,
+    MAGIC,
     MAX_PAYLOAD_BYTES,
+    MAX_TOP_K,
+    VERSION,
     BadFrame,
     Form,
     FrameShape,
@@ -16,13 +21,15 @@ from experts.fabric.frames import (
     LayerFrame,
     error_frame,
     layer_of,
+    max_rows,
     write_moment,
 )
 
 u32 = st.integers(0, 2**32 - 1)
-shapes = st.builds(FrameShape, u32, u32, u32, st.sampled_from([torch.float32, torch.bfloat16, None]))
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+shapes = st.builds(FrameShape, u32, u32, u32, dtypes | st.none())
 small_shapes = st.builds(
-    FrameShape, *[st.integers(0, 64)] * 3, st.sampled_from([torch.float32, torch.bfloat16, None])
+    FrameShape, st.integers(0, 64), st.integers(0, 32).map(lambda half: 2 * half), st.integers(0, 64), dtypes
 )
 layer_forms = small_shapes.map(lambda shape: Form(Kind.LAYER, shape.layer_bytes, shape))
 partial_forms = small_shapes.map(lambda shape: Form(Kind.PARTIAL, shape.partial_bytes, shape))
@@ -43,6 +50,38 @@ def test_a_form_survives_the_wire(form: Form) -> None:
 @given(st.binary(min_size=FORM_BYTES, max_size=HEADER_BYTES))
 def test_random_bytes_are_no_frame(packed: bytes) -> None:
     assert unpack_or_none(packed) is None
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.binary(min_size=12, max_size=12), st.integers(0, 99))
+def test_after_the_magic_random_bytes_are_refused_or_are_what_they_say(
+    kind: int, code: int, sizes: bytes, payload_bytes: int
+) -> None:
+    packed = MAGIC + struct.pack("<HBB12sIQ", VERSION, kind, code, sizes, 0, payload_bytes)
+    read = unpack_or_none(packed)
+    assert read is None or read.pack() == packed
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(Kind.LAYER, 0),
+        Form(Kind.LAYER, 8, FrameShape(rows=1, hidden=0, top_k=1, dtype=None)),
+        Form(Kind.PARTIAL, 0),
+        Form(Kind.LAYER, 14, FrameShape(rows=1, hidden=3, top_k=1, dtype=torch.bfloat16)),
+        Form(Kind.LAYER, 528, FrameShape(rows=1, hidden=2, top_k=65, dtype=torch.float32)),
+    ],
+    ids=["no dtype", "no dtype, but ids", "no dtype in an answer", "ids off their place", "top-k"],
+)
+def test_a_shape_that_no_peer_lays_out_is_refused(form: Form) -> None:
+    with pytest.raises(BadFrame, match="does not fit"):
+        Form.unpack(memoryview(form.pack()))
+
+
+@given(st.integers(1, 8192).map(lambda half: 2 * half), dtypes)
+def test_max_rows_is_what_fits(hidden: int, dtype: torch.dtype) -> None:
+    most = max_rows(hidden, dtype)
+    assert FrameShape(most, hidden, MAX_TOP_K, dtype).is_sendable
+    assert not FrameShape(most + 1, hidden, MAX_TOP_K, dtype).is_sendable
 
 
 @given(layer_forms | partial_forms, st.integers(0, FORM_BYTES - 1), st.integers(1, 255))
@@ -84,5 +123,5 @@ def test_a_long_sentence_is_cut() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_ids_are_aligned_or_the_shape_is_refused(rows: int) -> None:
-    with pytest.raises(AssertionError, match="even hidden size"):
+    with pytest.raises(AssertionError, match="hidden must be even"):
         LayerFrame(pinned=False).lay_out(FrameShape(rows, hidden=5, top_k=1, dtype=torch.bfloat16))

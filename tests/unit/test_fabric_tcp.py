@@ -2,48 +2,39 @@
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from experts.fabric import PeerLost, ShardAddress
+from experts.fabric import PeerLost, ShardAddress, frames, link
 from experts.fabric.frames import Form, FrameShape, Kind, LayerFrame, small_frame, write_moment
 from experts.fabric.handshake import prove_router
-from experts.fabric.link import ShardListener
-from experts.fabric.sockets import Deadline, send_frame
+from experts.fabric.sockets import Deadline, ms_since_ack, send_frame
 from experts.fabric.tcp import TcpFabric
 from tests.unit.fake_shard import (
     HIDDEN,
     TOKEN,
     FakeShard,
     LayerInput,
+    addresses_of,
     begin,
+    connected,
     fake_shards,
     in_process,
     layer_input,
     listening,
     members_of,
+    tcp_fabric,
     through,
 )
 
 BF16 = torch.bfloat16
 F32 = torch.float32
-
-
-@contextmanager
-def connected(
-    listeners: Sequence[ShardListener], *, wire_dtype: torch.dtype = F32, dead_after_s: float = 5.0
-) -> Iterator[TcpFabric]:
-    fabric = TcpFabric(
-        hidden=HIDDEN, wire_dtype=wire_dtype, slow_after_s=dead_after_s / 2, dead_after_s=dead_after_s
-    )
-    with closing(fabric):
-        fabric.connect(members_of([listener.address for listener in listeners], epoch=1), timeout_s=5)
-        begin(fabric)
-        yield fabric
 
 
 def threads_of_links() -> set[str]:
@@ -53,7 +44,7 @@ def threads_of_links() -> set[str]:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_float32_sums_equal_those_in_process_bit_for_bit(num_ranks: int) -> None:
     shards = fake_shards(num_ranks)
-    with listening(shards) as listeners, connected(listeners) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
         for layer, rows in enumerate([1, 4096, 7, 256]):
             given = layer_input(rows)
             assert torch.equal(through(fabric, layer, given), in_process(shards, layer, given))
@@ -64,7 +55,7 @@ def test_float32_sums_equal_those_in_process_bit_for_bit(num_ranks: int) -> None
 def test_bf16_partials_are_added_in_float32_and_rounded_once(num_ranks: int, out_dtype: torch.dtype) -> None:
     shards = fake_shards(num_ranks, BF16)
     given = layer_input(33, dtype=BF16)
-    with listening(shards) as listeners, connected(listeners, wire_dtype=BF16) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners), wire_dtype=BF16) as fabric:
         assert torch.equal(
             through(fabric, 1, given, dtype=out_dtype), in_process(shards, 1, given).to(out_dtype)
         )
@@ -72,7 +63,7 @@ def test_bf16_partials_are_added_in_float32_and_rounded_once(num_ranks: int, out
 
 def test_the_wire_may_be_narrower_than_shard_and_trunk() -> None:
     shards = fake_shards(2)
-    with listening(shards) as listeners, connected(listeners, wire_dtype=BF16) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners), wire_dtype=BF16) as fabric:
         for rows in (5, 300, 2):
             given = layer_input(rows)
             torch.testing.assert_close(
@@ -82,7 +73,7 @@ def test_the_wire_may_be_narrower_than_shard_and_trunk() -> None:
 
 def test_every_number_of_rows_from_1_to_100_and_none() -> None:
     shards = fake_shards(2)
-    with listening(shards) as listeners, connected(listeners) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
         for rows in (0, *range(1, 101)):
             given = layer_input(rows, top_k=1 + rows % 8)
             assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
@@ -90,7 +81,7 @@ def test_every_number_of_rows_from_1_to_100_and_none() -> None:
 
 def test_buffers_made_in_inference_mode_serve_outside_it() -> None:
     shards = fake_shards(3)
-    with listening(shards) as listeners, connected(listeners) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
         with torch.inference_mode():
             through(fabric, 0, layer_input(500))
         given = layer_input(400)
@@ -103,7 +94,7 @@ def test_tensors_of_a_gpu_cross_through_host_memory(wire_dtype: torch.dtype) -> 
     shards = [
         FakeShard(rank, num_ranks=2, dtype=wire_dtype, device=torch.device("cuda")) for rank in range(2)
     ]
-    with listening(shards) as listeners, connected(listeners, wire_dtype=wire_dtype) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners), wire_dtype=wire_dtype) as fabric:
         for rows in (1, 300, 2):
             given = LayerInput(*(tensor.cuda() for tensor in layer_input(rows, dtype=wire_dtype)))
             out_TD = torch.empty(given.x_TD.shape, dtype=wire_dtype, device="cuda")
@@ -113,21 +104,22 @@ def test_tensors_of_a_gpu_cross_through_host_memory(wire_dtype: torch.dtype) -> 
 
 def test_two_routers_share_a_shard() -> None:
     shards = fake_shards(1)
-    wrong: list[int] = []
 
-    def route(fabric: TcpFabric, rows: int) -> None:
+    def route(fabric: TcpFabric, rows: int) -> int:
         given = layer_input(rows)
-        for layer in [0, 1, 2, 3] * 25:
-            if not torch.equal(through(fabric, layer, given), in_process(shards, layer, given)):
-                wrong.append(layer)
+        sums = (
+            (through(fabric, layer, given), in_process(shards, layer, given)) for layer in [0, 1, 2, 3] * 25
+        )
+        return sum(torch.equal(ours, theirs) for ours, theirs in sums)
 
-    with listening(shards) as listeners, connected(listeners) as one, connected(listeners) as two:
-        threads = [threading.Thread(target=route, args=args) for args in ((one, 3), (two, 200))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-    assert wrong == []
+    with (
+        listening(shards) as listeners,
+        connected(*addresses_of(listeners)) as one,
+        connected(*addresses_of(listeners)) as two,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        routed = [pool.submit(route, one, 3), pool.submit(route, two, 200)]
+        assert [future.result(timeout=20) for future in routed] == [100, 100]
 
 
 def test_a_new_epoch_keeps_the_links_of_shards_that_stay() -> None:
@@ -135,7 +127,7 @@ def test_a_new_epoch_keeps_the_links_of_shards_that_stay() -> None:
     with (
         listening(shards) as (stays, leaves),
         listening([shards[1]], incarnation="second") as (comes,),
-        connected([stays, leaves]) as fabric,
+        connected(stays.address, leaves.address) as fabric,
     ):
         first = threads_of_links()
         fabric.connect(members_of([stays.address, comes.address], epoch=2), timeout_s=5)
@@ -150,9 +142,9 @@ def test_a_new_epoch_keeps_the_links_of_shards_that_stay() -> None:
 )
 def test_who_cannot_prove_the_token_of_this_shard_is_refused(wrong: dict) -> None:
     shards = fake_shards(2)
-    with listening(shards) as listeners, connected(listeners) as fabric:
-        intruder = TcpFabric(hidden=HIDDEN, wire_dtype=F32, slow_after_s=1, dead_after_s=2)
-        right, mine = (listener.address for listener in listeners)
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
+        intruder = tcp_fabric()
+        right, mine = addresses_of(listeners)
         with closing(intruder), pytest.raises(PeerLost, match="refused by first-1: wrong token") as lost:
             intruder.connect(members_of([right, replace(mine, **wrong)], epoch=1), timeout_s=5)
         assert lost.value.ranks == (1,)
@@ -172,7 +164,7 @@ def test_a_listener_that_cannot_prove_the_token_is_not_taken_for_the_shard() -> 
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=impostor, args=(server,), daemon=True).start()
         address = ShardAddress(0, "127.0.0.1", server.getsockname()[1], name="first-0", pid=0, token=TOKEN)
-        fabric = TcpFabric(hidden=HIDDEN, wire_dtype=F32, slow_after_s=1, dead_after_s=2)
+        fabric = tcp_fabric()
         with closing(fabric), pytest.raises(PeerLost, match="does not hold its token"):
             fabric.connect(members_of([address], epoch=1), timeout_s=5)
 
@@ -184,7 +176,7 @@ def test_a_listener_that_cannot_prove_the_token_is_not_taken_for_the_shard() -> 
 )
 def test_garbage_harms_nobody(garbage: bytes) -> None:
     shards = fake_shards(1)
-    with listening(shards) as listeners, connected(listeners) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
         with socket.create_connection(("127.0.0.1", listeners[0].port)) as stranger:
             stranger.sendall(garbage)
             stranger.shutdown(socket.SHUT_WR)
@@ -222,7 +214,7 @@ def layer_frame(rows: int, hidden: int) -> memoryview:
 )
 def test_a_router_that_breaks_the_protocol_loses_its_link_only(sent: memoryview) -> None:
     shards = fake_shards(1)
-    with listening(shards) as listeners, connected(listeners) as fabric:
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
         with socket.create_connection(("127.0.0.1", listeners[0].port)) as sock:
             prove_router(sock, name="first-0", token=TOKEN, within_s=2)
             send_frame(sock, sent, keep_waiting=Deadline(2))
@@ -234,7 +226,7 @@ def test_a_router_that_breaks_the_protocol_loses_its_link_only(sent: memoryview)
 
 def test_closing_a_listener_ends_its_threads() -> None:
     shard = FakeShard(0, num_ranks=1)
-    with listening([shard]) as listeners, connected(listeners) as fabric:
+    with listening([shard]) as listeners, connected(*addresses_of(listeners)) as fabric:
         listeners[0].close()
         assert not [name for name in threads_of_links() if name.startswith("shard-0")]
         with pytest.raises(PeerLost):
@@ -243,10 +235,75 @@ def test_closing_a_listener_ends_its_threads() -> None:
             socket.create_connection(("127.0.0.1", listeners[0].port), timeout=1)
 
 
-def test_a_handshake_has_a_deadline() -> None:
+def test_a_handshake_has_one_deadline_for_all_its_waits() -> None:
+    def trickle(server: socket.socket) -> None:
+        sock, _ = server.accept()
+        with sock:
+            time.sleep(0.25)
+            sock.sendall(b"S")
+            sock.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=trickle, args=(server,), daemon=True).start()
+        began = time.monotonic()
+        with (
+            socket.create_connection(server.getsockname()) as sock,
+            pytest.raises(TimeoutError, match=r"no answer within 0\.3 s"),
+        ):
+            prove_router(sock, name="slow", token=TOKEN, within_s=0.3)
+        assert time.monotonic() - began < 0.5
+
+
+def test_who_proves_nothing_gets_no_more_threads() -> None:
+    shards = fake_shards(1)
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric, ExitStack() as stack:
+        connect = partial(socket.create_connection, ("127.0.0.1", listeners[0].port), timeout=2)
+        strangers = [stack.enter_context(connect()) for _ in range(link.MAX_UNPROVEN + 5)]
+        for sock in strangers[:5]:  # long before the deadline of their handshake
+            while read_some(sock):
+                pass
+        until = time.monotonic() + 2
+        while len(threads_of_links()) > link.MAX_UNPROVEN + 1:
+            assert time.monotonic() < until, threads_of_links()
+        with connected(*addresses_of(listeners)) as another:
+            for each in (fabric, another):
+                given = layer_input(3)
+                assert torch.equal(through(each, 0, given), in_process(shards, 0, given))
+
+
+def test_a_layer_that_no_frame_holds_is_our_bug_and_reaches_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = fake_shards(1)
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
+        monkeypatch.setattr(frames, "MAX_PAYLOAD_BYTES", 1 << 16)
+        most = frames.max_rows(HIDDEN, F32)
+        with pytest.raises(AssertionError, match="no frame holds"):
+            fabric.dispatch(0, *layer_input(most + 1, top_k=frames.MAX_TOP_K))
+        given = layer_input(most, top_k=frames.MAX_TOP_K)
+        assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+
+
+def test_a_router_whose_kernel_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one lives, but says nothing within the silence, shorter here than any keepalive."""
+    monkeypatch.setattr(link, "PATROL_S", 0.05)
+    monkeypatch.setattr(link, "SILENCE_S", 0.3)
+    shards = fake_shards(1)
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
+        for _ in range(10):
+            time.sleep(0.05)
+            given = layer_input(3)
+            assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
+        time.sleep(0.6)
+        with pytest.raises(PeerLost, match="closed the link"):
+            through(fabric, 0, layer_input(3))
+
+
+def test_how_long_ago_the_peer_acknowledged() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as sock,
-        pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"),
     ):
-        prove_router(sock, name="silent", token=TOKEN, within_s=0.1)
+        time.sleep(0.2)
+        assert 150 <= ms_since_ack(sock) < 5000
+        sock.sendall(b"x")
+        time.sleep(0.05)
+        assert ms_since_ack(sock) < 150

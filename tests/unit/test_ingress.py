@@ -1,19 +1,22 @@
 """The endpoint at the level of HTTP: statuses, headers and bytes."""
 
 import json
-from collections.abc import AsyncIterator
+import os
+from itertools import groupby
 
 import httpx
 import pytest
 
-from deploy.engine_client import Readiness, RouterLost
+from deploy import asgi
+from deploy.engine_client import Limits, QueueFull, Readiness, RouterLost
 from deploy.ingress import MAX_BODY_BYTES
 from tests.unit.fake_engine import (
     CHAT,
     COMPLETIONS,
     HELLO,
-    MAX_MODEL_LEN,
+    LIMITS,
     FakeEngine,
+    Step,
     error_of,
     http_client,
     ingress_over,
@@ -21,17 +24,6 @@ from tests.unit.fake_engine import (
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with http_client(ingress_over(FakeEngine(says("Hello")))) as client:
-        yield client
 
 
 async def test_a_stream_is_made_of_server_sent_events(http: httpx.AsyncClient) -> None:
@@ -58,14 +50,16 @@ async def test_a_body_needs_no_content_type(http: httpx.AsyncClient) -> None:
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize(("prompt", "max_tokens"), [(MAX_MODEL_LEN, 1), (10, MAX_MODEL_LEN - 9)])
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens"), [(LIMITS.max_model_len, 1), (10, LIMITS.max_model_len - 9)]
+)
 async def test_what_exceeds_the_context_is_refused_with_numbers(
     http: httpx.AsyncClient, prompt: int, max_tokens: int
 ) -> None:
     body = {"model": "demo", "prompt": [7] * prompt, "max_tokens": max_tokens}
     error = error_of(await http.post(COMPLETIONS, json=body))
     assert error["code"] == "context_length_exceeded"
-    assert f"is {MAX_MODEL_LEN} tokens" in error["message"]
+    assert f"is {LIMITS.max_model_len} tokens" in error["message"]
     assert f"{prompt} in the prompt and {max_tokens} to generate" in error["message"]
     assert (await http.post(COMPLETIONS, json=body | {"prompt": [7] * 9, "max_tokens": 1})).status_code == 200
 
@@ -98,6 +92,44 @@ async def test_a_request_id_is_only_added_where_the_request_had_none(http: httpx
     assert "x-request-id" not in (await http.get("/health", headers={"x-request-id": "mine"})).headers
 
 
+async def test_the_context_is_what_the_engine_has_room_for() -> None:
+    engine = FakeEngine(says("Hello"))
+    engine.reached = RouterLost("the router has not started yet")
+    async with http_client(ingress_over(engine)) as http:
+        for response in [await http.get("/v1/models"), await http.post(CHAT, json=HELLO)]:
+            assert response.status_code == 503
+            assert "has not started yet" in error_of(response)["message"]
+        engine.reached = Limits(max_model_len=14, max_requests=1)
+        assert (await http.get("/v1/models")).json()["data"][0]["max_model_len"] == 14
+        assert (await http.post(CHAT, json=HELLO | {"max_tokens": 3})).status_code == 200
+        error = error_of(await http.post(CHAT, json=HELLO | {"max_tokens": 4}))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+async def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "WAITING_S", 0.02)
+    script: list[Step] = [0.1, *says("Hel", finish=None), 0.1, *says("lo")]
+    async with http_client(ingress_over(FakeEngine(script))) as http:
+        response = await http.post(COMPLETIONS, json={"model": "demo", "prompt": "x", "stream": True})
+    events = response.text.split("\n\n")
+    comments = [event.startswith(":") for event in events]
+    assert events[0] == ": waiting"
+    assert [len(list(run)) > 1 for comment, run in groupby(comments) if comment] == [True, True]
+    assert events[-2] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(("pause_s", "status"), [(0.0, 429), (0.1, 200)], ids=["at once", "after a comment"])
+async def test_the_status_of_a_stream_waits_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, pause_s: float, status: int
+) -> None:
+    monkeypatch.setattr(asgi, "WAITING_S", 0.05)
+    async with http_client(ingress_over(FakeEngine([pause_s, QueueFull(1)]))) as http:
+        response = await http.post(CHAT, json=HELLO | {"stream": True})
+    assert response.status_code == status
+    answer = response.text.replace(": waiting\n\n", "").removeprefix("data: ")
+    assert json.loads(answer)["error"]["code"] == "rate_limit_exceeded"
+
+
 async def test_a_bug_is_logged_with_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
     async with http_client(ingress_over(FakeEngine([KeyError("secret")]))) as http:
         response = await http.post(CHAT, json=HELLO)
@@ -109,7 +141,8 @@ async def test_a_bug_is_logged_with_the_request_id(caplog: pytest.LogCaptureFixt
 async def test_readiness_is_the_engines_and_health_is_ours() -> None:
     engine = FakeEngine([])
     async with http_client(ingress_over(engine)) as http:
-        assert (await http.get("/ready")).json() == {"ready": True, "reason": "", "detail": {"epoch": 3}}
+        detail = {"ingress_pid": os.getpid(), "epoch": 3}
+        assert (await http.get("/ready")).json() == {"ready": True, "reason": "", "detail": detail}
         engine.readiness = Readiness(ready=False, reason="shard 1 loads", detail={"shards": []})
         response = await http.get("/ready")
         assert (response.status_code, response.json()["reason"]) == (503, "shard 1 loads")

@@ -12,11 +12,6 @@ from tests.unit.fake_engine import CHAT, HELLO, FakeEngine, ingress_over, says
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Leaver:
     """An ASGI client that sends one body and leaves when `leave` is set; `receive` then fails if `rudely`."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 
+from deploy import asgi
 from deploy.engine_client import QueueFull, RouterLost
 from router.request import Request, RequestOutput, TokenLogprob
 from tests.unit.fake_engine import FakeEngine, Step, http_client, ingress_over, says
@@ -14,11 +15,6 @@ from tests.unit.fake_engine import FakeEngine, Step, http_client, ingress_over, 
 pytestmark = pytest.mark.anyio
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def client_of(engine: FakeEngine) -> openai.AsyncOpenAI:
@@ -57,6 +53,13 @@ async def test_a_streamed_chat_opens_with_the_role_and_closes_with_the_reason() 
         (None, None, "stop"),
     ]
     assert all("usage" not in chunk.model_fields_set for chunk in chunks)
+
+
+async def test_comments_in_a_stream_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "WAITING_S", 0.02)
+    client = client_of(FakeEngine([0.1, *says("Hel", finish=None), 0.1, *says("lo")]))
+    stream = await client.completions.create(model="demo", prompt="x", stream=True)
+    assert [chunk.choices[0].text async for chunk in stream] == ["Hel", "lo"]
 
 
 async def test_usage_comes_last_in_a_stream_that_asks_for_it() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.request import SamplingParams
 from tests.unit.fake_engine import (
     CHAT,
     COMPLETIONS,
     HELLO,
+    MODEL,
     FakeEngine,
     error_of,
     http_client,
@@ -23,17 +25,6 @@ from tests.unit.fake_engine import (
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with http_client(ingress_over(FakeEngine(says("Hello")))) as client:
-        yield client
 
 
 def chat(**fields: object) -> tuple[str, dict[str, Any]]:
@@ -74,7 +65,13 @@ def completion(**fields: object) -> tuple[str, dict[str, Any]]:
         (completion(prompt=[True]), "prompt.0", "valid"),
         (completion(prompt=[0, 256]), "prompt", "outside the vocabulary of 256"),
         (completion(prompt=[-1]), "prompt", "outside the vocabulary"),
-        (completion(prompt=["x"] * 100, n=100), "prompt", "10000; at most 1024"),
+        (
+            completion(prompt=["x"] * 7, n=7),
+            "prompt",
+            "49 answers were asked for; this server holds at most 48",
+        ),
+        (completion(n=49), "n", "at most 48 at a time"),
+        (chat(n=49), "n", "at most 48 at a time"),
         (completion(best_of=2), "best_of", "not supported (only n=1)"),
     ],
     ids=lambda value: json.dumps(value[1])[30:80] if isinstance(value, tuple) else "",
@@ -148,6 +145,25 @@ async def test_text_parts_are_lines_and_a_developer_is_the_system() -> None:
     async with http_client(ingress_over(engine := FakeEngine(says("Hello")))) as http:
         await http.post(CHAT, json=HELLO | {"messages": messages})
     assert bytes(engine.requests[0].prompt) == b"<system>be brief<user>a\nb"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, MODEL.defaults),
+        ({"temperature": None}, MODEL.defaults),
+        ({"temperature": 0, "top_k": -1}, SamplingParams(temperature=0, top_k=0)),
+        ({"top_k": 0, "top_p": 0.9}, SamplingParams(temperature=MODEL.defaults.temperature, top_p=0.9)),
+        ({"min_p": 0.1, "repetition_penalty": 2}, replace(MODEL.defaults, min_p=0.1, repetition_penalty=2)),
+    ],
+    ids=["none", "null", "greedy", "all tokens", "further"],
+)
+async def test_sampling_that_is_not_asked_for_is_the_models_own(
+    fields: dict[str, Any], expected: SamplingParams
+) -> None:
+    async with http_client(ingress_over(engine := FakeEngine(says("Hello")))) as http:
+        await http.post(CHAT, json=HELLO | fields)
+    assert engine.requests[0].params == expected
 
 
 JSON = st.recursive(

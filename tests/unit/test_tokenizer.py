@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from router.tokenizer import Detokenizer, Tokenizer, eos_token_ids
+from router.request import SamplingParams
+from router.tokenizer import Detokenizer, Tokenizer, eos_token_ids, sampling_defaults
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo-model"
@@ -165,11 +166,6 @@ def test_text_of_tokens(demo: Tokenizer, metaspace: Tokenizer) -> None:
     assert [demo.decode([id_]) for id_ in range(3, 4096)] == [demo.token_text(id_) for id_ in range(3, 4096)]
 
 
-def test_vocabulary(demo: Tokenizer, metaspace: Tokenizer) -> None:
-    assert demo.vocab_size == 4096
-    assert metaspace.vocab_size == 2 + 256 + 11
-
-
 def test_chat(demo: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hi"}]
     chat = "<|im_start|>user\nhi<|im_end|>\n"
@@ -187,14 +183,10 @@ def with_template(folder: Path, template: str) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def test_chat_templates_get_tools_and_variables(tmp_path: Path) -> None:
-    tokenizer = with_template(tmp_path, "{{ tools[0].name }} {{ enable_thinking }}")
-    text = tokenizer.render_chat(
-        [{"role": "user", "content": ""}],
-        tools=[{"name": "clock"}],
-        template_kwargs={"enable_thinking": False},
-    )
-    assert text == "clock False"
+def test_chat_templates_get_variables(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, "{{ enable_thinking }}")
+    messages = [{"role": "user", "content": ""}]
+    assert tokenizer.render_chat(messages, template_kwargs={"enable_thinking": False}) == "False"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +231,33 @@ def test_eos_token_ids(tmp_path: Path, generation: dict | None, config: dict, ex
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **config}))
     assert eos_token_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, SamplingParams()),
+        ({"eos_token_id": 5, "do_sample": True, "top_p": None}, SamplingParams()),
+        (
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05},
+            SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.1, repetition_penalty=1.05),
+        ),
+    ],
+    ids=["no file", "none given", "all"],
+)
+def test_sampling_defaults_are_the_models_own(
+    tmp_path: Path, generation: dict | None, expected: SamplingParams
+) -> None:
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert sampling_defaults(tmp_path) == expected
+
+
+@pytest.mark.parametrize("top_p", [1.5, "high"])
+def test_sampling_defaults_that_cannot_be_are_refused(tmp_path: Path, top_p: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": top_p}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: "):
+        sampling_defaults(tmp_path)
 
 
 def test_a_missing_checkpoint_is_not_looked_for_elsewhere(tmp_path: Path) -> None:

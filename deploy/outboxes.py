@@ -1,0 +1,105 @@
+"""Outboxes: which outputs an ingress has yet to fetch, and whether it still comes for them."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from router.request import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+MAX_SILENT_TICKS = 10
+
+
+@dataclass(eq=False)
+class _Outbox:
+    """Of one ingress. None in the queue: it was dropped."""
+
+    batches: asyncio.Queue[list[RequestOutput] | None] = field(default_factory=asyncio.Queue)
+    requests: set[str] = field(default_factory=set)
+    silent_ticks: int = 0
+
+
+class Outboxes:
+    """One for each ingress, by name. Lives in one event loop."""
+
+    def __init__(self, *, on_abandoned: Callable[[str], None]) -> None:
+        """on_abandoned: told the id of every unfinished request whose ingress has gone."""
+        self._on_abandoned = on_abandoned
+        self._boxes: dict[str, _Outbox] = {}
+        self._owner: dict[str, str] = {}  # ingress, by request
+
+    def __contains__(self, ingress: str) -> bool:
+        return ingress in self._boxes
+
+    def open(self, ingress: str) -> None:
+        self._boxes[ingress] = _Outbox()
+
+    def close(self, ingress: str) -> None:
+        """Its requests are abandoned, and `next` gives None. Unknown names are ignored."""
+        box = self._boxes.pop(ingress, None)
+        if box is None:
+            return
+        box.batches.put_nowait(None)
+        for request_id in box.requests:
+            del self._owner[request_id]
+            self._on_abandoned(request_id)
+
+    def renew(self, ingress: str) -> None:
+        """The ingress lives. Unknown names are ignored."""
+        if box := self._boxes.get(ingress):
+            box.silent_ticks = 0
+
+    async def close_silent(self) -> None:
+        """For ever: close the boxes of ingresses that have not renewed for MAX_SILENT_TICKS.
+
+        Serve does not tell when the process that reads a stream dies. Silence is counted, not timed: if our own
+        process stood still, nobody else was silent.
+        """
+        while True:
+            await asyncio.sleep(TICK_S)
+            for ingress, box in list(self._boxes.items()):
+                box.silent_ticks += 1
+                if box.silent_ticks > MAX_SILENT_TICKS:
+                    logger.warning(
+                        "%s has been silent for %.0f s: its %d requests are cancelled",
+                        *(ingress, MAX_SILENT_TICKS * TICK_S, len(box.requests)),
+                    )
+                    self.close(ingress)
+
+    def add(self, ingress: str, request_id: str) -> None:
+        """Outputs of this request go to that ingress, until one has a finish."""
+        self._owner[request_id] = ingress
+        self._boxes[ingress].requests.add(request_id)
+
+    def remove(self, request_id: str) -> bool:
+        """Whether its outputs still had somewhere to go; now they have not."""
+        ingress = self._owner.pop(request_id, None)
+        if ingress is None:
+            return False
+        self._boxes[ingress].requests.remove(request_id)
+        return True
+
+    def put(self, outputs: Sequence[RequestOutput]) -> None:
+        """A step's outputs. Those of requests that were removed go nowhere."""
+        batches: dict[str, list[RequestOutput]] = {}
+        for output in outputs:
+            if ingress := self._owner.get(output.id):
+                batches.setdefault(ingress, []).append(output)
+                if output.finish:
+                    self.remove(output.id)
+        for ingress, batch in batches.items():
+            self._boxes[ingress].batches.put_nowait(batch)
+
+    async def next(self, ingress: str) -> list[RequestOutput] | None:
+        """All that is there, at least one output: a slow ingress gets fewer, larger batches. None once it is closed."""
+        box = self._boxes.get(ingress)
+        batch = await box.batches.get() if box else None
+        while batch is not None and box is not None and not box.batches.empty():
+            more = box.batches.get_nowait()
+            if more is None:
+                return None
+            batch += more
+        return batch

@@ -1,0 +1,51 @@
+"""Asking a server over HTTP whether it is ready. Light: `sparkmoe status` imports no Ray."""
+
+import json
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from typing import Any
+
+
+class LaunchError(Exception):
+    """The server could not be started or reached; a sentence for the terminal."""
+
+
+def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
+    """(ready, why not, detail) of a server. Raises LaunchError if nothing answers, or something else does."""
+    try:
+        status, body = _get(f"{url}/ready")
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
+        raise LaunchError(f"nothing answers at {url}: {_reason(error)}") from error
+    try:
+        report = json.loads(body)
+        return bool(report["ready"]), str(report["reason"]), dict(report["detail"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{url}/ready answered {status}, but not as a sparkmoe server does") from error
+
+
+def describe(ready: bool, reason: str, detail: dict[str, Any]) -> list[str]:
+    """The lines of `sparkmoe status`. What is empty is left out."""
+    shards = detail.get("shards", [])
+    told = [(key, value) for key, value in detail.items() if key != "shards" and value not in ("", None)]
+    return [
+        "ready" if ready else f"not ready: {reason}",
+        *(f"  {key}: {value}" for key, value in told),
+        *("  shard " + ", ".join(f"{key} {value}" for key, value in shard.items()) for shard in shards),
+    ]
+
+
+def _get(url: str) -> tuple[int, bytes]:
+    """Status and body; a server that is not ready tells why in the body of a 503."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def _reason(error: Exception) -> str:
+    """In one line, and without the angle brackets that urllib puts around it."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return " ".join(str(cause).split()) or type(cause).__name__
