@@ -1,6 +1,6 @@
 """FlashInfer's host code and its compiled kernels accept what backend b12x passes; no GPU is needed.
 
-A process per case: see tests/b12x_contract.py. `make test` runs a case of each kernel and shape, `make test-all` all.
+A process per case: see tests/b12x_contract.py. `make test` runs a case of each kernel, `make test-all` those of all shapes.
 """
 
 import json
@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from tests.unit.test_house import ROOT
-
-pytest.importorskip("flashinfer")
 
 MODELS = {
     "demo": (32, 256, 128, 4),
@@ -56,7 +54,10 @@ def check(found: dict[str, Any], *, kernel: str, arch: str = "sm_121a") -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [SMALL, LARGE], ids=["static", "dynamic"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [name if name == "demo" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_the_kernel_accepts_the_call(model: str, num_tokens: int) -> None:
     check(
         contract(model, ranks=2, num_tokens=num_tokens), kernel="static" if num_tokens == SMALL else "dynamic"
@@ -64,9 +65,9 @@ def test_the_kernel_accepts_the_call(model: str, num_tokens: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_tokens", [1, 64, 2048])
+@pytest.mark.parametrize("num_tokens", [1, 2048])
 @pytest.mark.parametrize("ranks", [3, 8])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["demo", "Qwen3-235B-A22B", "Qwen3-Next-80B"])
 def test_the_kernel_accepts_every_share_and_bucket(model: str, ranks: int, num_tokens: int) -> None:
     kernel = "static" if num_tokens < LARGE else "dynamic"
     check(contract(model, ranks=ranks, num_tokens=num_tokens), kernel=kernel)
@@ -74,7 +75,7 @@ def test_the_kernel_accepts_every_share_and_bucket(model: str, ranks: int, num_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [SMALL, LARGE], ids=["static", "dynamic"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["demo", "Qwen3-Next-80B"])
 def test_the_kernels_compile_for_sm_120a(model: str, num_tokens: int) -> None:
     kernel = "static" if num_tokens == SMALL else "dynamic"
     check(contract(model, ranks=2, num_tokens=num_tokens, arch="sm_120a"), kernel=kernel, arch="sm_120a")
