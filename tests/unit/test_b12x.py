@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 from experts.backends import b12x_library as library
 from experts.backends.b12x import B12xBackend, bucket_of, token_buckets
 from experts.backends.b12x_weights import B12xWeights
