@@ -82,7 +82,7 @@ def _local(
                 checkpoint,
                 placement,
                 rank=rank,
-                backend=resolve_backend(experts.backend),
+                backend=resolve_backend(experts.backend, device=device, weights_only=checkpoint.weights_only),
                 dtype=dtype,
                 device=device,
             )

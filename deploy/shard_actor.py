@@ -56,7 +56,7 @@ class ShardActor:
                 checkpoint,
                 self._placement,
                 rank=self._rank,
-                backend=resolve_backend(spec.backend),
+                backend=resolve_backend(spec.backend, device=device, weights_only=checkpoint.weights_only),
                 dtype=resolve_dtype(spec.dtype, device=device),
                 device=device,
             )

@@ -30,7 +30,7 @@ class ExpertCheckpoint(CheckpointIndex):
             )
         gate, up, down = self._matrices(layer, expert)
         input_scale = down_input_scale = None
-        if not self._weights_only:
+        if not self.weights_only:
             input_scale = torch.maximum(self._input_scale(gate), self._input_scale(up))
             down_input_scale = self._input_scale(down)
         return ExpertWeights(

@@ -38,7 +38,7 @@ class CheckpointIndex:
         self._names = {tensor: name for tensor, name in parsed if tensor and tensor.layer < num_layers}
         check_supported(path, self._names)
         self.format: Format = detect_format(self.files, self._names)
-        self._weights_only = config.weights_only
+        self.weights_only = config.weights_only
         self._stacked = any(tensor.expert is None for tensor in self._names)
         self._k_first, self.shape = self._read_shape(num_layers)
 

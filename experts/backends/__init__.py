@@ -45,9 +45,44 @@ def _torch(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.de
     return SortedPairsBackend(shape, num_slots, dtype, device)
 
 
-BACKENDS: dict[str, BackendFactory] = {"reference": _reference, "torch": _torch}
+def _b12x(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+    from experts.backends.b12x import B12xBackend
+    from experts.backends.b12x_library import machine_of, require
+
+    require(machine_of(device))
+    return B12xBackend(shape, num_slots, dtype, device)
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that `auto` stands for on this machine."""
-    return "torch" if name == "auto" else name
+def _b12x_w4a16(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+    from experts.backends.b12x import B12xBackend
+    from experts.backends.b12x_library import machine_of, require
+
+    require(machine_of(device))
+    return B12xBackend(shape, num_slots, dtype, device, mode="w4a16")
+
+
+def _b12x_emulated(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device
+) -> ExpertBackend:
+    from experts.backends.b12x_emulated import B12xEmulatedBackend
+
+    return B12xEmulatedBackend(shape, num_slots, dtype, device)
+
+
+BACKENDS: dict[str, BackendFactory] = {
+    "reference": _reference,
+    "torch": _torch,
+    "b12x": _b12x,
+    "b12x-w4a16": _b12x_w4a16,
+    "b12x-emulated": _b12x_emulated,
+}
+
+
+def resolve_backend(name: str, *, device: torch.device, weights_only: bool) -> str:
+    """The backend that `auto` stands for on this device. weights_only: for a W4A16 checkpoint.
+
+    Raises ValueError on an SM12x GPU that lacks what b12x needs.
+    """
+    from experts.backends.b12x_library import choose, machine_of
+
+    return choose(machine_of(device), weights_only=weights_only) if name == "auto" else name

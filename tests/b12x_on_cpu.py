@@ -1,0 +1,50 @@
+"""FlashInfer's b12x host code on a machine without a GPU.
+
+pretend_sm12x() makes the library believe in one. The kernels are replaced, either by a recorder of what would be
+launched, or (tests/b12x_contract.py) by the real compiled kernels up to the point where they need a driver.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+NUM_SMS = {"sm_121a": 48, "sm_120a": 188}
+"""Of a DGX Spark, and of an RTX PRO 6000. FlashInfer chooses kernels by it."""
+
+
+class _Cuda13:
+    major = 13
+
+
+def pretend_sm12x(patch: Callable[[Any, str, Any], None], *, arch: str = "sm_121a") -> Any:
+    """Returns the library's moe_dispatch module. patch: setattr, or a monkeypatch's. Before anything imports cutlass."""
+    num_sms = NUM_SMS[arch]
+    os.environ.setdefault("CUTE_DSL_ARCH", arch)
+    os.environ.setdefault("FLASHINFER_CUTE_DSL_DISABLE_CACHE", "1")
+    import torch
+    from flashinfer.fused_moe.cute_dsl.blackwell_sm12x import moe_dispatch, moe_w4a16_prepare
+    from flashinfer.jit import cpp_ext
+
+    patch(cpp_ext, "get_cuda_version", _Cuda13)
+    patch(moe_dispatch, "get_num_sm", lambda _device: num_sms)
+    patch(moe_dispatch, "get_max_active_clusters", lambda _size: num_sms)
+    patch(moe_dispatch, "_canonical_cuda_device", torch.device)
+    patch(moe_dispatch, "_MICRO_MAX_TOKENS", moe_dispatch._MICRO_MAX_TOKENS)  # so that it is set back
+    patch(
+        moe_w4a16_prepare,
+        "_make_workspace",
+        lambda device, **_: torch.zeros(4 * num_sms + 2, dtype=torch.int32),
+    )
+    return moe_dispatch
+
+
+class Recorder:
+    """Stands in for the compiler. launches: (kernel's name, the arguments that it would be called with)."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[Any, ...]]] = []
+        self.compiled: list[str] = []
+
+    def compile(self, _module: str, name: str, _make: Callable[[], Any], **_: Any) -> Callable[..., None]:
+        self.compiled.append(name)
+        return lambda *args: self.launches.append((name, args))

@@ -1,0 +1,110 @@
+"""What W4A4 costs, by the emulation of the kernels: python -m tests.bench.b12x_accuracy [--windows N] [--output FILE]
+
+First, relative errors of random layers of real sizes, to float32 on the unquantised weights: W4A16 is the quantised
+weights alone, then FP4 activations with the checkpoint's own multipliers (exact) and with vLLM's convention (baked).
+Then the perplexity of the demo model on held-out text, whose own weights are the W4A16 row.
+"""
+
+import argparse
+from functools import partial
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experts.backends import BACKENDS
+from experts.backends.b12x_emulated import B12xEmulatedBackend
+from experts.backends.b12x_layout import Scales
+from experts.nvfp4 import dequantize, quantize, scale_2_of
+from experts.weights import ExpertWeights, MoEShape
+from router.config import RouterConfig
+from router.request import Request, SamplingParams
+from tests.bench import report
+from tests.bench.perplexity import DEMO, HELDOUT, perplexity, windows_of
+from tests.in_process import in_process
+
+SHAPES = {"Qwen3-30B-A3B": (2048, 768), "GLM-4.6": (5120, 1536)}
+STDS = (0.01, 0.02, 0.04)
+TOKENS = 64
+SCALES: tuple[Scales, ...] = ("exact", "baked")
+
+
+def errors_of_layer(hidden: int, intermediate: int, std: float) -> dict[str, float]:
+    """One expert, normal weights of this deviation, normal activations of deviation 1, calibrated on themselves."""
+    random = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(intermediate, hidden, generator=random) * std for _ in range(2))
+    down = torch.randn(hidden, intermediate, generator=random) * std
+    x_TD = torch.randn(TOKENS, hidden, generator=random).bfloat16().float()
+    a_TI = F.silu(x_TD @ gate.T) * (x_TD @ up.T)
+    truth_TD = a_TI @ down.T
+    shared = scale_2_of(torch.maximum(gate.abs().max(), up.abs().max()))
+    expert = ExpertWeights(
+        quantize(gate, scale_2=shared),
+        quantize(up, scale_2=shared),
+        quantize(down),
+        scale_2_of(x_TD.abs().max()),
+        scale_2_of(a_TI.abs().max()),
+    )
+    gate_q, up_q, down_q = (dequantize(w, torch.float32) for w in (expert.gate, expert.up, expert.down))
+    found = {"W4A16": (F.silu(x_TD @ gate_q.T) * (x_TD @ up_q.T)) @ down_q.T}
+    shape = MoEShape(1, (0,), 1, hidden, intermediate)
+    for scales in SCALES:
+        backend = B12xEmulatedBackend(shape, 1, torch.float32, torch.device("cpu"), scales=scales)
+        backend.write_slot(0, 0, expert)
+        out_TD = torch.empty_like(x_TD)
+        backend.forward(
+            0, x_TD, torch.zeros(TOKENS, 1, dtype=torch.int32), torch.ones(TOKENS, 1), out_TD=out_TD
+        )
+        found[f"W4A4 {scales}"] = out_TD
+    return {
+        name: round(((y_TD - truth_TD).norm() / truth_TD.norm()).item(), 4) for name, y_TD in found.items()
+    }
+
+
+def score(backend: str, windows: list[list[int]]) -> Tensor:
+    """float64 [windows, tokens]: log-probabilities by our engine in float32, two shards."""
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True)
+    requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
+    with in_process(
+        DEMO, num_shards=2, backend=backend, config=RouterConfig(max_queue=len(windows))
+    ) as server:
+        answers = server.run(requests, deadline_s=3600)
+    scores = [[one.logprob for one in answers[request.id].prompt_logprobs] for request in requests]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, default=40, help="of 512 tokens, evenly spread over the text")
+    parser.add_argument("--output", metavar="FILE")
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    for name, sizes in SHAPES.items():
+        for std in STDS:
+            results.append({"layer": name, "std": std, **errors_of_layer(*sizes, std)})
+            print("  ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
+    windows = windows_of(DEMO, HELDOUT)
+    windows = windows[:: max(1, len(windows) // options.windows)]
+    backends = {"W4A16": "torch"} | {f"W4A4 {scales}": f"b12x-emulated {scales}" for scales in SCALES}
+    made = {
+        f"b12x-emulated {scales}": cast(Any, partial(B12xEmulatedBackend, scales=scales)) for scales in SCALES
+    }
+    with patch.dict(BACKENDS, made):
+        for name, backend in backends.items():
+            results.append(
+                {
+                    "model": "demo",
+                    "weights": name,
+                    "perplexity": round(perplexity(score(backend, windows)), 4),
+                }
+            )
+            print("  ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
+    report.emit("b12x_accuracy", results, config={"windows": len(windows)}, output=options.output)
+
+
+if __name__ == "__main__":
+    main()
