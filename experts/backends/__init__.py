@@ -45,6 +45,12 @@ def _torch(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.de
     return SortedPairsBackend(shape, num_slots, dtype, device)
 
 
+def _cpu(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+    from experts.backends.cpu import CpuBackend
+
+    return CpuBackend(shape, num_slots, dtype, device)
+
+
 def _b12x(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
     from experts.backends.b12x import B12xBackend
     from experts.backends.b12x_library import machine_of, require
@@ -72,6 +78,7 @@ def _b12x_emulated(
 BACKENDS: dict[str, BackendFactory] = {
     "reference": _reference,
     "torch": _torch,
+    "cpu": _cpu,
     "b12x": _b12x,
     "b12x-w4a16": _b12x_w4a16,
     "b12x-emulated": _b12x_emulated,

@@ -77,6 +77,8 @@ def choose(machine: Machine, *, weights_only: bool) -> str:
 
     On an SM12x GPU it is b12x or an error: nobody should serve slowly for want of a package and not know it.
     """
+    if machine.capability is None:
+        return "cpu"
     if not is_sm12x(machine):
         return "torch"
     require(machine)

@@ -31,6 +31,9 @@ CLOSE_S = 5.0
 MAX_UNPROVEN = 64
 """Links whose router has not proved itself; one more ends the oldest. A port scanner gets no more threads."""
 
+SPIN_S = 10e-3
+"""A shard that has just answered is asked again within this time, layer after layer and step after step."""
+
 PATROL_S = 60.0
 SILENCE_S = 150.0
 """A living router's kernel acknowledges something at least every 120 s: keepalive, or probes of a full window."""
@@ -156,7 +159,7 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
     workspace = _Workspace(shard)
     wait_on = _Patrol(sock)
     while True:
-        form = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=wait_on)
+        form = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=wait_on, spin_s=SPIN_S)
         if form is not None:
             request.lay_out(form.shape)
             reply.lay_out(form.shape)

@@ -16,6 +16,9 @@ from experts.fabric.sockets import Deadline, prepare, receive_frame, send_frame,
 
 logger = logging.getLogger(__name__)
 
+SPIN_S = 60e-6
+"""The whole way of a small layer. A router that waits for longer gives its core up: a shard may be waiting for it."""
+
 ANSWER_GRACE = 0.1
 """At least this part of dead_s is there to read an answer: links are read in turn, so that may begin late."""
 
@@ -95,7 +98,9 @@ class ShardLink:
             reply.lay_out(request.shape)
         self._awaiting = request
         self._began_at = time.monotonic()
-        receive_frame(self._socket, reply, accept=_nothing_else, keep_waiting=self._keep_receiving)
+        receive_frame(
+            self._socket, reply, accept=_nothing_else, keep_waiting=self._keep_receiving, spin_s=SPIN_S
+        )
         if reply.moment != request.moment:
             raise BadFrame("an answer to another layer")
         self._owes_answer = False

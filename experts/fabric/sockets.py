@@ -17,9 +17,6 @@ KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_PROBES = 3
 
-SPIN_S = 500e-6
-"""How long a receiver asks again and again before it sleeps: more than a router computes between two layers."""
-
 
 class PeerError(FabricError):
     """The sentence of an ERROR frame: what the peer says it could not do."""
@@ -98,22 +95,23 @@ def receive_frame(
     *,
     accept: Callable[[Form], bool],
     keep_waiting: Callable[[], None],
+    spin_s: float = 0.0,
 ) -> Form | None:
     """Read one frame into `buffer`. Returns None if it has the form that the buffer is laid out for, else its form.
 
     The first read takes what has arrived, so a small frame costs one system call. It cannot cut into a next frame,
-    because no peer sends one before it has an answer to the first. It spins at first: to wake a sleeper takes longer
-    than a small frame's whole way.
+    because no peer sends one before it has an answer to the first.
     accept: judges another form before the payload gets any memory; ERROR frames need no leave.
     keep_waiting: called after each time-out and each read that was short; it raises to give up.
+    spin_s: how long to ask again and again before sleeping; to wake a sleeper takes longer than a small frame's way.
     Raises BadFrame, PeerError for an ERROR frame, ConnectionError at the end of the stream.
     """
-    received = receive_some(sock, buffer.view)
+    received = receive_some(sock, buffer.view, spin_s)
     if received == len(buffer.frame) and buffer.form == buffer.known_form:
         return None
     while received < HEADER_BYTES:
         keep_waiting()
-        received += receive_some(sock, buffer.view[received:])
+        received += receive_some(sock, buffer.view[received:], spin_s)
     form = Form.unpack(buffer.form)
     known = buffer.form == buffer.known_form
     if not (known or form.kind is Kind.ERROR or accept(form)):
@@ -124,15 +122,18 @@ def receive_frame(
     buffer.reserve(form.payload_bytes, keep=received)
     while received < total:
         keep_waiting()
-        received += receive_some(sock, buffer.view[received:total])
+        received += receive_some(sock, buffer.view[received:total], spin_s)
     if form.kind is Kind.ERROR:
         raise PeerError(str(buffer.view[HEADER_BYTES:total], "utf-8", "replace"))
     return None if known else form
 
 
-def receive_some(sock: socket.socket, view: memoryview) -> int:
-    """What has arrived; 0 once SO_RCVTIMEO has passed. Raises ConnectionError at the end of the stream."""
-    received = _spin(sock, view)
+def receive_some(sock: socket.socket, view: memoryview, spin_s: float) -> int:
+    """What has arrived; 0 once SO_RCVTIMEO has passed, of which it spins for spin_s at first.
+
+    Raises ConnectionError at the end of the stream.
+    """
+    received = _spin(sock, view, spin_s)
     if received is None:
         try:
             received = sock.recv_into(view)
@@ -170,9 +171,9 @@ def _send_some(sock: socket.socket, frame: memoryview) -> int:
         return 0
 
 
-def _spin(sock: socket.socket, view: memoryview) -> int | None:
-    """What has arrived within SPIN_S, or None. Whoever waits for this core gets it in between."""
-    sleep_at = time.perf_counter() + SPIN_S
+def _spin(sock: socket.socket, view: memoryview, spin_s: float) -> int | None:
+    """What has arrived within spin_s, or None. Whoever waits for this core gets it in between."""
+    sleep_at = time.perf_counter() + spin_s
     while time.perf_counter() < sleep_at:
         try:
             return sock.recv_into(view, 0, socket.MSG_DONTWAIT)

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from experts.fabric import Membership, ShardAddress, StepHeader
+from experts.fabric import Membership, ShardAddress, StepHeader, link, shard_link
 from experts.fabric.frames import HEADER_BYTES, FrameShape
 from experts.fabric.link import ShardListener
 from experts.fabric.sockets import receive_some
@@ -62,15 +62,15 @@ def bare_process(num_in: int, num_out: int, parent: Connection) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with sock, suppress(ConnectionError):
         while True:
-            fill(sock, request)
+            fill(sock, request, spin_s=link.SPIN_S)
             sock.sendall(reply)
 
 
-def fill(sock: socket.socket, view: memoryview) -> None:
-    """Raises ConnectionError at the end of the stream."""
+def fill(sock: socket.socket, view: memoryview, *, spin_s: float) -> None:
+    """Waits as the fabric does. Raises ConnectionError at the end of the stream."""
     received = 0
     while received < len(view):
-        received += receive_some(sock, view[received:])
+        received += receive_some(sock, view[received:], spin_s)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def bare_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Calla
             for sock in sockets:
                 sock.sendall(request)
             for sock, reply in zip(sockets, replies, strict=True):
-                fill(sock, reply)
+                fill(sock, reply, spin_s=shard_link.SPIN_S)
 
         for sock in sockets:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

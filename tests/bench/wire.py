@@ -116,7 +116,7 @@ class _Engine:
 
 @contextlib.contextmanager
 def _local() -> Iterator[_Engine]:
-    shards = shards_of(MODEL, 1, "torch", torch.float32, CPU)
+    shards = shards_of(MODEL, 1, "cpu", torch.float32, CPU)
     engine = _Engine(LocalFabric(shards), local_membership(placement_of(MODEL, 1)))
     try:
         yield engine
@@ -138,7 +138,7 @@ def _remote() -> Iterator[_Engine]:
 
 def _serve(rank: int, parent: Connection) -> None:
     torch.set_num_threads(1)
-    shard = shards_of(MODEL, NUM_SHARDS, "torch", torch.float32, CPU)[rank]
+    shard = shards_of(MODEL, NUM_SHARDS, "cpu", torch.float32, CPU)[rank]
     listener = ShardListener(shard, host="127.0.0.1", name=f"{rank}", token=b"bench")
     parent.send(listener.address)
     parent.poll(None)  # it ends

@@ -48,6 +48,6 @@ def test_auto_goes_by_device_and_checkpoint() -> None:
     assert library.choose(SPARK, weights_only=True) == "b12x-w4a16"
     assert library.choose(replace(SPARK, capability=(12, 0)), weights_only=False) == "b12x"
     assert library.choose(replace(SPARK, capability=(9, 0)), weights_only=False) == "torch"
-    assert library.choose(Machine(None, None, {}), weights_only=True) == "torch"
+    assert library.choose(Machine(None, None, {}), weights_only=True) == "cpu"
     with pytest.raises(ValueError, match="triton"):
         library.choose(replace(SPARK, installed=PACKAGES | {"triton": None}), weights_only=False)

@@ -129,7 +129,7 @@ def test_torch_equals_the_reference(logical: list[list[int]], dtype: torch.dtype
     assert (ours[absent_T] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
 def test_bfloat16_outputs_are_summed_in_float32(backend: str) -> None:
     """512 y and then 32 times y: in bfloat16 each of the 32 would be lost, 6 % of the sum."""
     case = call([[3] * 33] * 5, dtype=torch.bfloat16)
@@ -153,7 +153,7 @@ def test_torch_equals_the_reference_whatever_is_routed(case: Call) -> None:
     assert_near(ours, truth)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
 @settings(max_examples=30)
 @given(placement=splits(), case=calls())
 def test_any_split_of_the_experts_sums_to_the_whole(
@@ -169,7 +169,7 @@ def test_any_split_of_the_experts_sums_to_the_whole(
     assert sum(shard.num_pairs for shard in shards) == here_TK.sum()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
 def test_foreign_ids_never_reach_the_kernel(backend: str) -> None:
     placement = even_placement((LAYER,), num_layers=2, num_experts=7, num_ranks=3)
     shard = make_shard(placement, 1, backend, torch.float32)  # slots 3, 4, 5
