@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from router import cpu_kernel
 from router.kv_cache import BlockTables, KVCache
 
 
@@ -43,13 +44,14 @@ class PromptSpan:
 class AttentionPlan:
     """What every layer of a step needs to know, computed once.
 
-    slots_T: where each row's key and value go. table_BN, mask_B11S: contexts of the decoding rows, padded to the
-    longest; mask is additive, 0 or -inf.
+    slots_T: where each row's key and value go. table_BN, length_B: contexts of the decoding rows, padded to the longest.
+    mask_B11S: additive, 0 or -inf; None where compiled loops read the cache in place.
     """
 
     slots_T: Tensor
     table_BN: Tensor
-    mask_B11S: Tensor
+    length_B: Tensor
+    mask_B11S: Tensor | None
     prompts: tuple[PromptSpan, ...]
 
     @property
@@ -68,11 +70,14 @@ def plan_attention(
     length_B = torch.tensor([chunk.start + 1 for chunk in decoding], dtype=torch.int64)
     num_blocks = -(-int(length_B.max()) // block_size) if decoding else 0
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
-    # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
-    held_BN = torch.arange(num_blocks) * block_size < length_B[:, None]
-    table_BN = table_BN.where(held_BN, table_BN[:, :1])
-    hidden_BS = torch.arange(num_blocks * block_size) >= length_B[:, None]
-    mask_BS = torch.zeros(hidden_BS.shape, dtype=dtype).masked_fill_(hidden_BS, float("-inf"))
+    mask_B11S = None
+    if not _is_compiled(dtype, device):
+        # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
+        held_BN = torch.arange(num_blocks) * block_size < length_B[:, None]
+        table_BN = table_BN.where(held_BN, table_BN[:, :1])
+        hidden_BS = torch.arange(num_blocks * block_size) >= length_B[:, None]
+        mask_BS = torch.zeros(hidden_BS.shape, dtype=dtype).masked_fill_(hidden_BS, float("-inf"))
+        mask_B11S = mask_BS[:, None, None, :].to(device)
 
     slots = [tables.slots(chunk.row, chunk.start, chunk.start + chunk.count) for chunk in prompts]
     last_B = length_B - 1
@@ -82,9 +87,15 @@ def plan_attention(
     return AttentionPlan(
         slots_T=torch.cat([decode_slots_B, *slots]).to(device),
         table_BN=table_BN.to(device),
-        mask_B11S=mask_BS[:, None, None, :].to(device),
+        length_B=length_B.to(device),
+        mask_B11S=mask_B11S,
         prompts=tuple(_spans(prompts, tables, first=num_decoding, device=device)),
     )
+
+
+def _is_compiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether decoding rows attend in router.cpu_kernel."""
+    return dtype == torch.float32 and device.type == "cpu"
 
 
 def _spans(
@@ -141,12 +152,14 @@ class PagedAttention:
                 enable_gqa=True,
             )
             outputs.append(out_1HTD[0].transpose(0, 1))
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(
         self, plan: AttentionPlan, k_SGD: Tensor, v_SGD: Tensor, q_HBD: Tensor, *, scale: float
     ) -> Tensor:
         """[B, H, D]. The queries that share a KV head stand as rows of one product: no head is repeated."""
+        if plan.mask_B11S is None:
+            return self._decode_in_place(plan, k_SGD, v_SGD, q_HBD, scale=scale)
         num_kv_heads, head_dim = k_SGD.shape[1:]
         q_BGQD = q_HBD.transpose(0, 1).reshape(plan.num_decoding, num_kv_heads, -1, head_dim)
         k_BGSD, v_BGSD = (self._gather(cache, plan.table_BN).transpose(1, 2) for cache in (k_SGD, v_SGD))
@@ -154,6 +167,16 @@ class PagedAttention:
             q_BGQD, k_BGSD, v_BGSD, attn_mask=plan.mask_B11S, scale=scale
         )
         return out_BGQD.flatten(1, 2)
+
+    def _decode_in_place(
+        self, plan: AttentionPlan, k_SGD: Tensor, v_SGD: Tensor, q_HBD: Tensor, *, scale: float
+    ) -> Tensor:
+        """[B, H, D], without a copy of the contexts."""
+        q_BHD = q_HBD.transpose(0, 1).contiguous()
+        out_BHD = torch.empty_like(q_BHD)
+        inputs = (tensor.numpy() for tensor in (q_BHD, k_SGD, v_SGD, plan.table_BN, plan.length_B))
+        cpu_kernel.decode_attention(*inputs, self._block_size, scale, out_BHD.numpy())
+        return out_BHD
 
     def _gather(self, cache_SGD: Tensor, table_BN: Tensor) -> Tensor:
         """[B, N * block_size, G, D]. Whole blocks at a time: twelve times as quick as token by token on a CPU."""
