@@ -24,7 +24,7 @@ class ExpertsConfig(Config):
     """Where shards go: `spread` wants a node each, `pack` fills a node first, `auto` spreads if it can."""
 
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of each shard's kernel; None leaves it to torch, which takes every core."""
+    """CPU threads of each shard's kernel; None leaves it to torch, which takes every core. `cpu` uses one."""
 
 
 class FabricConfig(Config):

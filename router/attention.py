@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from router import cpu_kernel
 from router.kv_cache import BlockTables, KVCache
@@ -67,27 +68,27 @@ def plan_attention(
     decoding, prompts = chunks[:num_decoding], chunks[num_decoding:]
     block_size = tables.block_size
 
-    length_B = torch.tensor([chunk.start + 1 for chunk in decoding], dtype=torch.int64)
+    length_B = np.array([chunk.start + 1 for chunk in decoding], np.int64)
     num_blocks = -(-int(length_B.max()) // block_size) if decoding else 0
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
     mask_B11S = None
     if not _is_compiled(dtype, device):
         # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
-        held_BN = torch.arange(num_blocks) * block_size < length_B[:, None]
-        table_BN = table_BN.where(held_BN, table_BN[:, :1])
-        hidden_BS = torch.arange(num_blocks * block_size) >= length_B[:, None]
+        held_BN = np.arange(num_blocks) * block_size < length_B[:, None]
+        table_BN = np.where(held_BN, table_BN, table_BN[:, :1])
+        hidden_BS = torch.from_numpy(np.arange(num_blocks * block_size) >= length_B[:, None])
         mask_BS = torch.zeros(hidden_BS.shape, dtype=dtype).masked_fill_(hidden_BS, float("-inf"))
         mask_B11S = mask_BS[:, None, None, :].to(device)
 
-    slots = [tables.slots(chunk.row, chunk.start, chunk.start + chunk.count) for chunk in prompts]
     last_B = length_B - 1
     decode_slots_B = (
-        table_BN.gather(1, (last_B // block_size)[:, None])[:, 0] * block_size + last_B % block_size
+        table_BN[np.arange(num_decoding), last_B // block_size] * block_size + last_B % block_size
     )
+    slots = [tables.slots(chunk.row, chunk.start, chunk.start + chunk.count) for chunk in prompts]
     return AttentionPlan(
-        slots_T=torch.cat([decode_slots_B, *slots]).to(device),
-        table_BN=table_BN.to(device),
-        length_B=length_B.to(device),
+        slots_T=torch.from_numpy(np.concatenate([decode_slots_B, *slots])).to(device),
+        table_BN=torch.from_numpy(table_BN).to(device),
+        length_B=torch.from_numpy(length_B).to(device),
         mask_B11S=mask_B11S,
         prompts=tuple(_spans(prompts, tables, first=num_decoding, device=device)),
     )
@@ -109,7 +110,7 @@ def _spans(
         if chunk.start:
             position_T = torch.arange(chunk.start, end)
             mask_TS = (torch.arange(num_blocks * tables.block_size) <= position_T[:, None]).to(device)
-        table_N = tables.table_RN[chunk.row, :num_blocks].to(device)
+        table_N = torch.from_numpy(tables.table_RN[chunk.row, :num_blocks].copy()).to(device)
         spans.append(PromptSpan(first=first, last=first + chunk.count, table_N=table_N, mask_TS=mask_TS))
         first += chunk.count
     return spans
@@ -174,8 +175,16 @@ class PagedAttention:
         """[B, H, D], without a copy of the contexts."""
         q_BHD = q_HBD.transpose(0, 1).contiguous()
         out_BHD = torch.empty_like(q_BHD)
-        inputs = (tensor.numpy() for tensor in (q_BHD, k_SGD, v_SGD, plan.table_BN, plan.length_B))
-        cpu_kernel.decode_attention(*inputs, self._block_size, scale, out_BHD.numpy())
+        cpu_kernel.decode_attention(
+            q_BHD.numpy(),
+            k_SGD.numpy(),
+            v_SGD.numpy(),
+            plan.table_BN.numpy(),
+            plan.length_B.numpy(),
+            self._block_size,
+            scale,
+            out_BHD.numpy(),
+        )
         return out_BHD
 
     def _gather(self, cache_SGD: Tensor, table_BN: Tensor) -> Tensor:
@@ -207,5 +216,4 @@ def _paged(
 
 
 ATTENTION = "sparkmoe"
-AttentionInterface.register(ATTENTION, _paged)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionInterface.register(ATTENTION, _paged)  # and no mask by this name: transformers then makes none

@@ -3,8 +3,8 @@
 R rows (one per running request), N blocks of a row, S slots (num_blocks * block_size), G KV heads, D head dim.
 """
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from router.config import KVCacheConfig
 from router.model_config import TrunkShape
@@ -16,7 +16,7 @@ class BlockTables:
     def __init__(self, *, num_blocks: int, block_size: int, max_requests: int, max_tokens: int) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.table_RN = torch.zeros(max_requests, -(-max_tokens // block_size), dtype=torch.int64)
+        self.table_RN = np.zeros((max_requests, -(-max_tokens // block_size)), np.int64)
         self._held_R: list[list[int]] = [[] for _ in range(max_requests)]
         self._free_blocks = list(range(num_blocks))[::-1]
         self._free_rows = list(range(max_requests))[::-1]
@@ -47,9 +47,9 @@ class BlockTables:
         self._held_R[row] = []
         self._free_rows.append(row)
 
-    def slots(self, row: int, start: int, end: int) -> Tensor:
+    def slots(self, row: int, start: int, end: int) -> np.ndarray:
         """int64 [end - start]: the slots of a row's tokens at these positions."""
-        position = torch.arange(start, end)
+        position = np.arange(start, end)
         return self.table_RN[row, position // self.block_size] * self.block_size + position % self.block_size
 
     def check_integrity(self) -> None:
@@ -76,10 +76,11 @@ class KVCache:
         )  # zeros: slots that a mask hides must be finite
         self.v = torch.zeros(size, dtype=dtype, device=device)
 
-    def erase(self, slots: Tensor) -> None:
+    def erase(self, slots: np.ndarray) -> None:
         """Zeros, in every layer."""
-        self.k[:, slots] = 0
-        self.v[:, slots] = 0
+        index = torch.from_numpy(slots).to(self.k.device)
+        self.k[:, index] = 0
+        self.v[:, index] = 0
 
 
 def num_blocks_for(shape: TrunkShape, config: KVCacheConfig, *, dtype: torch.dtype) -> int:

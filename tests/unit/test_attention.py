@@ -1,11 +1,13 @@
 """Paged attention against dense attention. T rows of a step, S context tokens, H query heads, G KV heads, D head dim."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from router import cpu_kernel
 from router.attention import Chunk, PagedAttention, plan_attention
 from router.kv_cache import BlockTables, KVCache
 from router.model_config import TrunkShape
@@ -22,20 +24,23 @@ LAYER = 1
 class Requests:
     """Some requests whose queries, keys and values are random; computed in steps, as an engine would."""
 
-    def __init__(self, lengths: list[int], *, block_size: int) -> None:
+    def __init__(self, lengths: list[int], *, block_size: int, dtype: torch.dtype) -> None:
         num_blocks = 2 + sum(-(-length // block_size) for length in lengths)
         self.tables = BlockTables(
             num_blocks=num_blocks, block_size=block_size, max_requests=1 + len(lengths), max_tokens=32
         )
-        cache = KVCache(SHAPE, num_slots=num_blocks * block_size, dtype=torch.float32, device=CPU)
+        cache = KVCache(SHAPE, num_slots=num_blocks * block_size, dtype=dtype, device=CPU)
         cache.k[:], cache.v[:] = torch.nan, torch.nan  # what others hold, and what is free, may be anything
         self.attention = PagedAttention(cache, block_size=block_size)
+        self.dtype = dtype
         self._row(1)  # holds block 0, which is also what an unused entry of a table says
         self.rows = [self._row(length) for length in lengths]
         generator = torch.Generator().manual_seed(0)
         heads = (NUM_HEADS, SHAPE.num_kv_heads, SHAPE.num_kv_heads)
         self.qkv = {
-            row: tuple(torch.randn(n, length, SHAPE.head_dim, generator=generator) for n in heads)
+            row: tuple(
+                torch.randn(n, length, SHAPE.head_dim, generator=generator, dtype=dtype) for n in heads
+            )
             for row, length in zip(self.rows, lengths, strict=True)
         }
         for row, length in zip(self.rows, lengths, strict=True):
@@ -50,7 +55,7 @@ class Requests:
     def step(self, chunks: list[Chunk]) -> list[Tensor]:
         """[count, H, D] for each chunk, in the order given."""
         ordered = sorted(chunks, key=lambda chunk: chunk.count > 1)
-        self.attention.plan = plan_attention(ordered, self.tables, dtype=torch.float32, device=CPU)
+        self.attention.plan = plan_attention(ordered, self.tables, dtype=self.dtype, device=CPU)
         packed = [
             torch.cat(
                 [self.qkv[chunk.row][i][:, chunk.start : chunk.start + chunk.count] for chunk in ordered],
@@ -69,11 +74,12 @@ class Requests:
         return out_1HSD[0].transpose(0, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["compiled", "torch"])
 @settings(max_examples=60)
-@given(st.data())
-def test_any_chunks_in_any_steps_equal_dense_attention(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_any_chunks_in_any_steps_equal_dense_attention(dtype: torch.dtype, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 32), min_size=1, max_size=4))
-    requests = Requests(lengths, block_size=data.draw(st.sampled_from([1, 3, 8, 16])))
+    requests = Requests(lengths, block_size=data.draw(st.sampled_from([1, 3, 8, 16])), dtype=dtype)
     left = dict(zip(requests.rows, lengths, strict=True))
     done = dict.fromkeys(requests.rows, 0)
     while left:
@@ -85,3 +91,12 @@ def test_any_chunks_in_any_steps_equal_dense_attention(data: st.DataObject) -> N
             done[chunk.row] += chunk.count
             left[chunk.row] -= chunk.count
         left = {row: count for row, count in left.items() if count}
+
+
+@given(rows=st.integers(1, 5), width=st.integers(1, 70), seed=st.integers(0, 99))
+def test_the_compiled_norm_equals_torch(rows: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x_RD, weight_D = torch.randn(rows, width, generator=generator), torch.randn(width, generator=generator)
+    out_RD = torch.empty_like(x_RD)
+    cpu_kernel.rms_norm(x_RD.numpy(), weight_D.numpy(), 1e-6, out_RD.numpy())
+    torch.testing.assert_close(out_RD, F.rms_norm(x_RD, (width,), weight_D, 1e-6))

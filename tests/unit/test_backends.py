@@ -23,6 +23,7 @@ from experts.shard import ExpertShard, slots_of
 from experts.weights import ExpertWeights, MoEShape
 
 CPU = torch.device("cpu")
+FAST = ["torch", "cpu"]
 SHAPE = MoEShape(num_layers=2, moe_layers=(1,), num_experts=7, hidden=32, intermediate=48)
 LAYER = 1
 ONE_RANK = even_placement((LAYER,), num_layers=2, num_experts=7, num_ranks=1)
@@ -118,18 +119,21 @@ SHAPES_OF_LOAD = [
 ]
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("logical", SHAPES_OF_LOAD)
-def test_torch_equals_the_reference(logical: list[list[int]], dtype: torch.dtype) -> None:
+def test_fast_backends_equal_the_reference(
+    logical: list[list[int]], dtype: torch.dtype, backend: str
+) -> None:
     case = call(logical, dtype=dtype)
-    ours = forward(whole("torch", dtype), case.x_TD, case.logical_TK, case.w_TK)
+    ours = forward(whole(backend, dtype), case.x_TD, case.logical_TK, case.w_TK)
     truth = forward(whole("reference", torch.float32), case.x_TD.float(), case.logical_TK, case.w_TK)
     assert_near(ours, truth)
     absent_T = (case.logical_TK == EMPTY).all(dim=1)
     assert (ours[absent_T] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 def test_bfloat16_outputs_are_summed_in_float32(backend: str) -> None:
     """512 y and then 32 times y: in bfloat16 each of the 32 would be lost, 6 % of the sum."""
     case = call([[3] * 33] * 5, dtype=torch.bfloat16)
@@ -143,17 +147,18 @@ def test_bfloat16_outputs_are_summed_in_float32(backend: str) -> None:
     assert error < 0.02
 
 
+@pytest.mark.parametrize("backend", FAST)
 @settings(max_examples=30)
-@given(calls())
-def test_torch_equals_the_reference_whatever_is_routed(case: Call) -> None:
+@given(case=calls())
+def test_fast_backends_equal_the_reference_whatever_is_routed(backend: str, case: Call) -> None:
     ours, truth = (
-        forward(whole(backend, torch.float32), case.x_TD, case.logical_TK, case.w_TK)
-        for backend in ("torch", "reference")
+        forward(whole(name, torch.float32), case.x_TD, case.logical_TK, case.w_TK)
+        for name in (backend, "reference")
     )
     assert_near(ours, truth)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 @settings(max_examples=30)
 @given(placement=splits(), case=calls())
 def test_any_split_of_the_experts_sums_to_the_whole(
@@ -169,7 +174,7 @@ def test_any_split_of_the_experts_sums_to_the_whole(
     assert sum(shard.num_pairs for shard in shards) == here_TK.sum()
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 def test_foreign_ids_never_reach_the_kernel(backend: str) -> None:
     placement = even_placement((LAYER,), num_layers=2, num_experts=7, num_ranks=3)
     shard = make_shard(placement, 1, backend, torch.float32)  # slots 3, 4, 5
@@ -179,8 +184,9 @@ def test_foreign_ids_never_reach_the_kernel(backend: str) -> None:
     torch.testing.assert_close(forward(shard, case.x_TD, case.logical_TK, case.w_TK), own)
 
 
-def test_a_slot_may_be_written_again() -> None:
-    shard = make_shard(ONE_RANK, 0, "torch", torch.float32)
+@pytest.mark.parametrize("backend", FAST)
+def test_a_slot_may_be_written_again(backend: str) -> None:
+    shard = make_shard(ONE_RANK, 0, backend, torch.float32)
     case = call([[0]])
     shard.write_slot(LAYER, 0, weights(5))
     moved = forward(shard, case.x_TD, case.logical_TK, case.w_TK)
@@ -245,6 +251,11 @@ def test_links_in_parallel_lose_no_count(idle_shard: ExpertShard) -> None:
         for done in [pool.submit(link) for _ in range(4)]:
             done.result(timeout=60)
     assert idle_shard.num_pairs == 4 * 300 * 12
+
+
+def test_backend_cpu_refuses_another_device() -> None:
+    with pytest.raises(ValueError, match="backend cpu runs on a CPU, not on cuda:1"):
+        BACKENDS["cpu"](SHAPE, 7, torch.bfloat16, torch.device("cuda:1"))
 
 
 def test_refuses_a_layer_without_experts() -> None:
