@@ -20,6 +20,18 @@ def _root() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
 
+RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # unset, parts of a cluster disagree about it
+    "RAY_memory_monitor_refresh_ms": "0",  # on unified memory it kills loading shards
+    # The engine has a thread of its own, so a replica's event loop need not be kept free of our code, and what replicas
+    # send each other need not become a Ray object: together a sixth more tokens/s at 16 streams.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+"""What `serve` starts Ray with, unless the environment says otherwise. Ray reads them when it is imported."""
+
+
 @app.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="A file of configs/.")],
@@ -32,9 +44,8 @@ def serve(
     ] = "local",
 ) -> None:
     """Serve a config in the foreground until Ctrl-C; prints `ready URL` once a token can come out."""
-    # Ray reads these when it is imported.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # unset, parts of a cluster disagree about it
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # on unified memory it kills loading shards
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         from deploy.config import load
         from deploy.launch import LaunchError, launch

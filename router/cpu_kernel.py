@@ -1,11 +1,13 @@
 """Compiled loops for what a decode step on a CPU would otherwise spend most of its time starting.
 
 numba compiles them for this machine when the module is first imported and keeps the result on disk. Float32 only.
-B decoding requests, N blocks of a table, S slots of the cache, H query heads, G KV heads, D head dim; R rows.
+T rows of a step, B decoding requests, N blocks of a table, S slots of the cache, H query heads, G KV heads, D head dim.
 """
 
 import numpy as np
 from numba import njit
+
+from experts.cpu_math import exp
 
 Array = np.ndarray
 
@@ -15,7 +17,7 @@ _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"con
 
 @njit("void(float32[:,::1], float32[::1], float64, float32[:,::1])", **_fast)
 def rms_norm(x_RD: Array, weight_D: Array, eps: float, out_RD: Array) -> None:
-    """out = x / sqrt(mean(x * x) + eps) * weight, row by row."""
+    """out = x / sqrt(mean(x * x) + eps) * weight, for each of R rows."""
     num_rows, width = x_RD.shape
     for r in range(num_rows):
         squares = np.float32(0)
@@ -24,6 +26,28 @@ def rms_norm(x_RD: Array, weight_D: Array, eps: float, out_RD: Array) -> None:
         factor = np.float32(1 / np.sqrt(squares / width + eps))
         for d in range(width):
             out_RD[r, d] = x_RD[r, d] * factor * weight_D[d]
+
+
+@njit(f"void({_heads}, float32[:,::1], float32[:,::1], {_heads})", **_fast)
+def rotate_halves(x_THD: Array, cos_TR: Array, sin_TR: Array, out_THD: Array) -> None:
+    """Rotary embedding of the first R features: feature r turns with r + R / 2. The others are copied."""
+    num_rows, num_heads, _ = x_THD.shape
+    half = cos_TR.shape[1] // 2
+    for t in range(num_rows):
+        for h in range(num_heads):
+            x_D, out_D = x_THD[t, h], out_THD[t, h]
+            for r in range(half):
+                out_D[r] = x_D[r] * cos_TR[t, r] - x_D[r + half] * sin_TR[t, r]
+                out_D[r + half] = x_D[r + half] * cos_TR[t, r + half] + x_D[r] * sin_TR[t, r + half]
+            out_D[2 * half :] = x_D[2 * half :]
+
+
+@njit(f"void({_heads}, {_heads}, int64[::1], {_heads}, {_heads})", **_fast)
+def write_cache(k_TGD: Array, v_TGD: Array, slot_T: Array, k_SGD: Array, v_SGD: Array) -> None:
+    """Each row's key and value into its slot."""
+    for t in range(len(slot_T)):
+        k_SGD[slot_T[t]] = k_TGD[t]
+        v_SGD[slot_T[t]] = v_TGD[t]
 
 
 @njit(**_fast)
@@ -42,7 +66,8 @@ def _softmax(score_S: Array, scale: float) -> None:
     highest = score_S.max()
     total = np.float32(0)
     for s in range(len(score_S)):
-        score_S[s] = np.exp((score_S[s] - highest) * np.float32(scale))
+        score_S[s] = exp((score_S[s] - highest) * np.float32(scale))
+    for s in range(len(score_S)):
         total += score_S[s]
     for s in range(len(score_S)):
         score_S[s] /= total

@@ -212,25 +212,32 @@ class Engine:
 
     def _commit(self, plan: StepPlan, logits_NV: Tensor) -> list[RequestOutput]:
         """Sample, then make the step visible: computed tokens, scores, text, freed blocks."""
-        kept = logits_NV.split([part.num_kept for part in plan.parts])
-        for part, part_NV in zip(plan.parts, kept, strict=True):
+        sampled: list[RunningRequest] = []
+        rows: list[int] = []
+        end = 0
+        for part in plan.parts:
+            begin, end = end, end + part.num_kept
             part.running.num_computed += part.chunk.count
             if part.running.request.params.prompt_logprobs:
-                score_prompt(part, part_NV)
-        last = zip(plan.parts, (part_NV[-1:] for part_NV in kept), strict=True)
-        return self._sample([(part.running, logits_1V) for part, logits_1V in last if part.samples])
+                score_prompt(part, logits_NV[begin:end])
+            if part.samples:
+                sampled.append(part.running)
+                rows.append(end - 1)
+        return self._sample(sampled, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
 
-    def _sample(self, rows: Sequence[tuple[RunningRequest, Tensor]]) -> list[RequestOutput]:
-        """One token for each request, from its logits [1, V]. Those whose logits are not finite fail, and only those."""
+    def _sample(self, running: Sequence[RunningRequest], logits_NV: Tensor) -> list[RequestOutput]:
+        """One token for each request. Those whose logits are not finite fail, and only those."""
         try:
-            sampled = sample_next(rows)
+            sampled = sample_next(running, logits_NV)
         except LogitsError as error:
-            bad = [running for n, (running, _) in enumerate(rows) if n in error.rows]
-            for running in bad:
-                self._erase(running)
-            failed = self._fail(bad, "the model computed logits that are not finite")
-            return failed + self._sample([row for n, row in enumerate(rows) if n not in error.rows])
-        return [self._push(running, one) for (running, _), one in zip(rows, sampled, strict=True)]
+            for n in error.rows:
+                self._erase(running[n])
+            failed = self._fail(
+                (running[n] for n in error.rows), "the model computed logits that are not finite"
+            )
+            good = [n for n in range(len(running)) if n not in error.rows]
+            return failed + self._sample([running[n] for n in good], logits_NV[good])
+        return [self._push(*pair) for pair in zip(running, sampled, strict=True)]
 
     def _erase(self, running: RunningRequest) -> None:
         """Its keys and values may be NaN, which would spoil whoever gets the blocks next, even behind a mask."""

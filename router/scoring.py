@@ -10,20 +10,20 @@ from router.sampler import Sampled, SamplingRow, prompt_logprobs, sample
 from router.scheduler import PlannedChunk, RunningRequest
 
 
-def sample_next(rows: Sequence[tuple[RunningRequest, Tensor]]) -> list[Sampled]:
-    """One token for each request, from its logits [1, V]. Raises LogitsError."""
-    if not rows:
+def sample_next(running: Sequence[RunningRequest], logits_NV: Tensor) -> list[Sampled]:
+    """One token for each request, from its row of logits. Raises LogitsError."""
+    if not running:
         return []
-    history = [
+    rows = [
         SamplingRow(
             one.request.params,
             one.seed,
             prompt=one.request.prompt,
             output=one.tokens[len(one.request.prompt) :],
         )
-        for one, _ in rows
+        for one in running
     ]
-    return sample(torch.cat([logits_1V for _, logits_1V in rows]), history)
+    return sample(logits_NV, rows)
 
 
 def score_prompt(part: PlannedChunk, part_NV: Tensor) -> None:

@@ -5,12 +5,10 @@ T rows of a step, N rows whose logits are wanted, D hidden, K top-k, V vocabular
 
 import re
 import threading
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -18,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from experts.checkpoint import trunk_tensors
 from experts.checkpoint_index import CheckpointIndex
-from router import cpu_kernel
 from router.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
+from router.fused import fuse_norms, fuse_rope
 from router.model_config import read_config, shape_of
 
 
@@ -84,7 +82,9 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
     if unexpected:
         raise ValueError(f"{path}: trunk tensors that the model does not have: {sorted(unexpected)[:3]}")
     model.to(device).eval()
-    _fuse_norms(model)
+    fuse_norms(model)
+    if device.type == "cpu" and dtype == torch.float32:
+        fuse_rope(model)
     return model
 
 
@@ -104,29 +104,6 @@ _EXTRA = re.compile(
     r"(^|\.)(mtp|eh_proj|enorm|hnorm|shared_head)\.|rotary_emb\.inv_freq$|layers\.\d+\.embed_tokens"
 )
 """Tensors that checkpoints carry and a causal language model does not: multi-token prediction, derived buffers."""
-
-
-def _fuse_norms(model: torch.nn.Module) -> None:
-    """One operation per RMSNorm instead of six."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            weight: Tensor = cast(Any, module).weight.detach()
-            compiled = weight.is_cpu and weight.dtype == torch.float32
-            norm = _rms_norm_on_cpu if compiled else _rms_norm
-            module.forward = partial(norm, weight, cast(Any, module).variance_epsilon)
-
-
-def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _rms_norm_on_cpu(weight: Tensor, eps: float, x: Tensor) -> Tensor:
-    """torch makes seven operations of it there, a tenth of a decode step."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    rows = (-1, x.shape[-1])
-    cpu_kernel.rms_norm(x.view(rows).numpy(), weight.numpy(), eps, out.view(rows).numpy())
-    return out
 
 
 def _without_experts(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -11,6 +11,8 @@ A product is x [R, B, J] by [B, J, N]: B blocks of J = 16 input features, N outp
 import numpy as np
 from numba import njit
 
+from experts.cpu_math import exp
+
 Array = np.ndarray
 
 ROWS = 16
@@ -78,7 +80,7 @@ def _swiglu(gate_up_R2I: Array, h_RI: Array) -> None:
     for r in range(h_RI.shape[0]):
         for i in range(h_RI.shape[1]):
             gate = gate_up_R2I[r, i]
-            h_RI[r, i] = gate / (np.float32(1) + np.exp(-gate)) * gate_up_R2I[r, h_RI.shape[1] + i]
+            h_RI[r, i] = gate / (np.float32(1) + exp(-gate)) * gate_up_R2I[r, h_RI.shape[1] + i]
 
 
 @njit(**_fast)

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from router import cpu_kernel
 from router.attention import Chunk, PagedAttention, plan_attention
 from router.kv_cache import BlockTables, KVCache
 from router.model_config import TrunkShape
@@ -91,12 +90,3 @@ def test_any_chunks_in_any_steps_equal_dense_attention(dtype: torch.dtype, data:
             done[chunk.row] += chunk.count
             left[chunk.row] -= chunk.count
         left = {row: count for row, count in left.items() if count}
-
-
-@given(rows=st.integers(1, 5), width=st.integers(1, 70), seed=st.integers(0, 99))
-def test_the_compiled_norm_equals_torch(rows: int, width: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x_RD, weight_D = torch.randn(rows, width, generator=generator), torch.randn(width, generator=generator)
-    out_RD = torch.empty_like(x_RD)
-    cpu_kernel.rms_norm(x_RD.numpy(), weight_D.numpy(), 1e-6, out_RD.numpy())
-    torch.testing.assert_close(out_RD, F.rms_norm(x_RD, (width,), weight_D, 1e-6))
