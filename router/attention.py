@@ -72,7 +72,7 @@ def plan_attention(
     num_blocks = -(-int(length_B.max()) // block_size) if decoding else 0
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
     mask_B11S = None
-    if not _is_compiled(dtype, device):
+    if not cpu_kernel.computes(dtype, device):
         # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
         held_BN = np.arange(num_blocks) * block_size < length_B[:, None]
         table_BN = np.where(held_BN, table_BN, table_BN[:, :1])
@@ -92,11 +92,6 @@ def plan_attention(
         mask_B11S=mask_B11S,
         prompts=tuple(_spans(prompts, tables, first=num_decoding, device=device)),
     )
-
-
-def _is_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether decoding rows attend in router.cpu_kernel."""
-    return dtype == torch.float32 and device.type == "cpu"
 
 
 def _spans(
@@ -194,7 +189,7 @@ class PagedAttention:
 
 def _write(slots_T: Tensor, k_TGD: Tensor, v_TGD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
     """The step's keys and values into the cache."""
-    if _is_compiled(k_SGD.dtype, k_SGD.device):
+    if cpu_kernel.computes(k_SGD.dtype, k_SGD.device):
         new = (k_TGD.contiguous(), v_TGD.contiguous(), slots_T)
         cpu_kernel.write_cache(*(tensor.numpy() for tensor in (*new, k_SGD, v_SGD)))
     else:

@@ -5,6 +5,7 @@ T rows of a step, B decoding requests, N blocks of a table, S slots of the cache
 """
 
 import numpy as np
+import torch
 from numba import njit
 
 from experts.cpu_math import exp
@@ -13,6 +14,11 @@ Array = np.ndarray
 
 _heads = "float32[:,:,::1]"
 _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+
+
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these loops are for tensors of this dtype on this device."""
+    return dtype == torch.float32 and device.type == "cpu"
 
 
 @njit("void(float32[:,::1], float32[::1], float64, float32[:,::1])", **_fast)

@@ -3,7 +3,7 @@
 T rows of a step, H query heads, G KV heads, D head dim, R rotated features.
 """
 
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ def fuse_norms(model: torch.nn.Module) -> None:
         if type(module).__name__.endswith("RMSNorm"):
             weight: Tensor = cast(Any, module).weight.detach()
             eps: float = cast(Any, module).variance_epsilon
-            if weight.is_cpu and weight.dtype == torch.float32:
+            if cpu_kernel.computes(weight.dtype, weight.device):
                 module.forward = partial(_rms_norm_on_cpu, weight.numpy(), eps)
             else:
                 module.forward = partial(_rms_norm, weight, eps)
@@ -32,17 +32,22 @@ def fuse_norms(model: torch.nn.Module) -> None:
 def fuse_rope(model: torch.nn.Module) -> None:
     """One operation for queries and one for keys instead of fourteen, in families that rotate halves, as most do.
 
-    For a float32 model on a CPU. An attention module sees our function by the name of the one that it calls.
+    For a model that cpu_kernel computes.
     """
     for module in model.modules():
-        forward: Any = type(module).forward
-        if _ROPE in forward.__code__.co_names and rotates_halves(forward.__globals__[_ROPE]):
-            names = {**forward.__globals__, _ROPE: rope_on_cpu}
-            ours = FunctionType(
-                forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-            )
-            ours.__kwdefaults__ = forward.__kwdefaults__
+        if ours := _with_our_rope(type(module).forward):
             module.forward = MethodType(ours, module)
+
+
+@cache  # a family's layers share their code
+def _with_our_rope(forward: Any) -> FunctionType | None:
+    """The same code, which sees our function by the name of the one that it calls; None where that does not fit."""
+    if _ROPE not in forward.__code__.co_names or not rotates_halves(forward.__globals__[_ROPE]):
+        return None
+    names = {**forward.__globals__, _ROPE: rope_on_cpu}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours
 
 
 def rotates_halves(rope: Any) -> bool:

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from experts.checkpoint import trunk_tensors
 from experts.checkpoint_index import CheckpointIndex
+from router import cpu_kernel
 from router.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
 from router.fused import fuse_norms, fuse_rope
 from router.model_config import read_config, shape_of
@@ -83,7 +84,7 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: t
         raise ValueError(f"{path}: trunk tensors that the model does not have: {sorted(unexpected)[:3]}")
     model.to(device).eval()
     fuse_norms(model)
-    if device.type == "cpu" and dtype == torch.float32:
+    if cpu_kernel.computes(dtype, device):
         fuse_rope(model)
     return model
 

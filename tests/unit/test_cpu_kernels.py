@@ -15,8 +15,14 @@ from router import cpu_kernel
 from router.fused import rope_on_cpu, rotates_halves
 
 
-@given(rows=st.integers(1, 5), width=st.integers(1, 70), scale=st.sampled_from([1e-3, 1.0, 1e3]))
-def test_a_norm_is_torchs(rows: int, width: int, scale: float) -> None:
+@given(
+    rows=st.integers(1, 5),
+    width=st.integers(1, 70),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 99),
+)
+def test_a_norm_is_torchs(rows: int, width: int, scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
     x_RD, weight_D = torch.randn(rows, width) * scale, torch.randn(width)
     out_RD = torch.empty_like(x_RD)
     cpu_kernel.rms_norm(x_RD.numpy(), weight_D.numpy(), 1e-6, out_RD.numpy())
@@ -43,8 +49,15 @@ def test_exp_is_exact_to_a_float32s_last_digit_and_keeps_nan() -> None:
     assert np.isnan(edges[3:]).all()  # as many as fill vector registers
 
 
-@given(heads=st.integers(1, 3), rows=st.integers(1, 4), half=st.integers(1, 9), rest=st.integers(0, 5))
-def test_a_rotation_is_transformers(heads: int, rows: int, half: int, rest: int) -> None:
+@given(
+    heads=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    half=st.integers(1, 9),
+    rest=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_a_rotation_is_transformers(heads: int, rows: int, half: int, rest: int, seed: int) -> None:
+    torch.manual_seed(seed)
     theirs = importlib.import_module(
         "transformers.models.minimax_m2.modeling_minimax_m2"
     ).apply_rotary_pos_emb
