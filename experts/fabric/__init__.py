@@ -19,6 +19,8 @@ class ShardAddress:
     """Where one EP rank listens, and what proves that a caller may talk to it.
 
     name: tells incarnations apart: a replacement of a rank has another name. pid is for people and logs.
+    unix: the abstract name of its Unix socket, which is the faster way for a router of the same network namespace;
+        empty if there is none. No two listeners of the world have the same.
     """
 
     rank: int
@@ -27,6 +29,7 @@ class ShardAddress:
     name: str
     pid: int
     token: bytes = field(repr=False)
+    unix: str = ""
 
 
 @dataclass(frozen=True)

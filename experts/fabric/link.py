@@ -1,7 +1,8 @@
-"""The shard's end of fabric `tcp`: a listener, and one thread per router that answers its frames."""
+"""The shard's end of fabric `tcp`: its listening sockets, and one thread per router that answers its frames."""
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ from experts.fabric import FabricError, ShardAddress
 from experts.fabric.frames import Form, Kind, LayerFrame, PartialFrame, error_frame, layer_of
 from experts.fabric.handshake import prove_shard
 from experts.fabric.sockets import (
+    listen_here,
     ms_since_ack,
     prepare,
     receive_frame,
@@ -58,17 +60,24 @@ class ShardListener:
 
     def __init__(self, shard: LinkedShard, *, host: str, name: str, token: bytes) -> None:
         self._shard = shard
-        self._socket = socket.create_server((host, 0))
-        port = self._socket.getsockname()[1]
+        unix = f"sparkmoe-{os.getpid()}-{secrets.token_hex(8)}"
+        self._listening = [socket.create_server((host, 0)), listen_here(unix)]
+        port = self._listening[0].getsockname()[1]
         self.address = ShardAddress(
-            rank=shard.rank, host=host, port=port, name=name, pid=os.getpid(), token=token
+            rank=shard.rank, host=host, port=port, name=name, pid=os.getpid(), token=token, unix=unix
         )
         self._links: dict[threading.Thread, socket.socket] = {}
         self._unproven: dict[threading.Thread, socket.socket] = {}  # of the links, oldest first
         self._lock = threading.Lock()
         self._closed = False
-        self._acceptor = threading.Thread(target=self._accept, name=f"shard-{shard.rank}-accept", daemon=True)
-        self._acceptor.start()
+        self._acceptors = [
+            threading.Thread(
+                target=self._accept, args=(sock,), name=f"shard-{shard.rank}-accept", daemon=True
+            )
+            for sock in self._listening
+        ]
+        for thread in self._acceptors:
+            thread.start()
 
     @property
     def port(self) -> int:
@@ -78,8 +87,8 @@ class ShardListener:
         """End every link and thread, within CLOSE_S: a forward in progress cannot be interrupted. Idempotent."""
         with self._lock:
             self._closed = True
-            threads = [self._acceptor, *self._links]
-            for sock in (self._socket, *self._links.values()):
+            threads = [*self._acceptors, *self._links]
+            for sock in (*self._listening, *self._links.values()):
                 shut(sock)
         deadline = time.monotonic() + CLOSE_S
         for thread in threads:
@@ -88,19 +97,21 @@ class ShardListener:
                 logger.warning(
                     "thread %s still computes %.0f s after the close of its link", thread.name, CLOSE_S
                 )
-        self._socket.close()
+        for sock in self._listening:
+            sock.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         while True:
             try:
-                sock, peer = self._socket.accept()
+                sock, peer = listening.accept()
             except OSError:
                 if self._closed:
                     return
                 logger.exception("shard %d: accept failed", self._shard.rank)
                 time.sleep(0.1)  # out of file descriptors, most likely
                 continue
-            name = f"shard-{self._shard.rank}-link-{peer[0]}:{peer[1]}"
+            where = f"{peer[0]}:{peer[1]}" if peer else f"here:{sock.fileno()}"
+            name = f"shard-{self._shard.rank}-link-{where}"
             thread = threading.Thread(target=self._serve, args=(sock,), name=name, daemon=True)
             with self._lock:
                 if self._closed:

@@ -3,8 +3,8 @@
 import socket
 import threading
 
-from experts.fabric import Aborted
-from experts.fabric.sockets import finish_connecting, shut, start_connecting
+from experts.fabric import Aborted, ShardAddress
+from experts.fabric.sockets import connect_here, finish_connecting, shut, start_connecting
 
 
 class OpenSockets:
@@ -39,12 +39,16 @@ class OpenSockets:
                 self.aborted = None
         self.check()
 
-    def connect(self, host: str, port: int, *, timeout_s: float) -> socket.socket:
-        """To be closed with `close`. Raises Aborted or OSError."""
-        address = socket.gethostbyname(host)  # may take long, so without the lock
+    def connect(self, shard: ShardAddress, *, timeout_s: float) -> socket.socket:
+        """Over the shard's Unix socket if it listens here, else over TCP. To be closed with `close`.
+
+        Raises Aborted or OSError.
+        """
+        host = socket.gethostbyname(shard.host)  # may take long, so without the lock
         with self._lock:
             self.check()
-            sock = start_connecting(address, port)
+            here = connect_here(shard.unix) if shard.unix else None
+            sock = here or start_connecting(host, shard.port)
             self._sockets.add(sock)
         try:
             finish_connecting(sock, timeout_s=timeout_s)

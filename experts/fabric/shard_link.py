@@ -50,7 +50,7 @@ class ShardLink:
     def open(cls, address: ShardAddress, sockets: OpenSockets, *, timeout_s: float) -> Self:
         """Connect and shake hands. Raises OSError or FabricError."""
         deadline = Deadline(timeout_s)
-        sock = sockets.connect(address.host, address.port, timeout_s=timeout_s)
+        sock = sockets.connect(address, timeout_s=timeout_s)
         try:
             prepare(sock)
             prove_router(sock, name=address.name, token=address.token, within_s=deadline.left_s())

@@ -17,6 +17,9 @@ KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_PROBES = 3
 
+UNIX_BUFFER_BYTES = 4 << 20
+"""What a sender may be ahead of its reader. The system's limit, net.core.wmem_max, is lower on most machines."""
+
 
 class PeerError(FabricError):
     """The sentence of an ERROR frame: what the peer says it could not do."""
@@ -38,6 +41,24 @@ class Deadline:
         if left_s <= 0:
             raise TimeoutError(f"no answer within {self._seconds:.1f} s")
         return left_s
+
+
+def listen_here(name: str) -> socket.socket:
+    """A Unix socket that listens under this abstract name, for whoever shares our network namespace."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("\0" + name)
+    sock.listen()
+    return sock
+
+
+def connect_here(name: str) -> socket.socket | None:
+    """To who listens here under this name, or None. Waits for nobody."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    if sock.connect_ex("\0" + name) == 0:
+        return sock
+    sock.close()
+    return None
 
 
 def start_connecting(host: str, port: int) -> socket.socket:
@@ -62,12 +83,15 @@ def finish_connecting(sock: socket.socket, *, timeout_s: float) -> None:
 
 
 def prepare(sock: socket.socket) -> None:
-    """Blocking, no Nagle delay, and a peer that falls silent (power loss sends no RST) ends the link within 11 s.
+    """Blocking; a Unix socket with room for a layer, as far as the system allows; TCP without Nagle's delay.
 
-    That is while it owes no acknowledgement; while it does, the kernel sends again for 15 minutes instead. No
+    A TCP peer that falls silent (power loss sends no RST) ends the link within 11 s. That is while it owes no acknowledgement; while it does, the kernel sends again for 15 minutes instead. No
     TCP_USER_TIMEOUT: it would overrule the 11 s, and end links to a living peer that only does not read for a while.
     """
     sock.setblocking(True)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -152,6 +176,8 @@ def shut(sock: socket.socket) -> None:
 
 def ms_since_ack(sock: socket.socket) -> int:
     """How long ago the peer's kernel last acknowledged anything, keepalive and window probes included."""
+    if sock.family == socket.AF_UNIX:
+        return 0  # the peer's kernel is our own
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_RECV + 4)
     return int.from_bytes(info[_LAST_ACK_RECV:], sys.byteorder)
 

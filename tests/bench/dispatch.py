@@ -6,11 +6,14 @@ nothing copied, checked or summed. The two take turns, round by round, and both 
 """
 
 import argparse
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,17 +21,25 @@ from torch import Tensor
 from experts.fabric import Membership, ShardAddress, StepHeader, link, shard_link
 from experts.fabric.frames import HEADER_BYTES, FrameShape
 from experts.fabric.link import ShardListener
-from experts.fabric.sockets import receive_some
+from experts.fabric.sockets import listen_here, prepare, receive_some
 from experts.fabric.tcp import TcpFabric
 from experts.placement import even_placement
 from experts.weights import MoEShape
 from tests.bench import report
 from tests.processes import processes
 
+Way = Literal["unix", "tcp"]
+"""How shards on the router's host are reached, and how all others are."""
+
 HIDDEN = 2048
 TOP_K = 8
 NUM_EXPERTS = 128
-CASES = [(rows, dtype) for dtype in (torch.bfloat16, torch.float32) for rows in (1, 16, 256)]
+CASES = [
+    (way, rows, dtype)
+    for way in get_args(Way)
+    for dtype in (torch.bfloat16, torch.float32)
+    for rows in (1, 16, 256)
+]
 GOALS_US = {(1, torch.bfloat16): 50.0, (256, torch.bfloat16): 900.0}
 
 
@@ -53,17 +64,23 @@ def shard_process(rank: int, dtype: torch.dtype, parent: Connection) -> None:
     parent.poll(None)  # it ends
 
 
-def bare_process(num_in: int, num_out: int, parent: Connection) -> None:
+def bare_process(way: Way, num_in: int, num_out: int, parent: Connection) -> None:
     """Answer num_in bytes with num_out bytes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with bare_server(way) as server:
         parent.send(server.getsockname())
         sock, _ = server.accept()
     request, reply = memoryview(bytearray(num_in)), memoryview(bytearray(num_out))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    prepare(sock)
     with sock, suppress(ConnectionError):
         while True:
             fill(sock, request, spin_s=link.SPIN_S)
             sock.sendall(reply)
+
+
+def bare_server(way: Way) -> socket.socket:
+    if way == "tcp":
+        return socket.create_server(("127.0.0.1", 0))
+    return listen_here(f"sparkmoe-bench-{os.getpid()}")
 
 
 def fill(sock: socket.socket, view: memoryview, *, spin_s: float) -> None:
@@ -74,10 +91,12 @@ def fill(sock: socket.socket, view: memoryview, *, spin_s: float) -> None:
 
 
 @contextmanager
-def fabric_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
+def fabric_layer(way: Way, rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
     """A function that dispatches and combines once, against shard processes that live as long as this context."""
     with processes(shard_process, [(rank, dtype) for rank in range(num_shards)]) as addresses:
         shards: list[ShardAddress] = addresses
+        if way == "tcp":
+            shards = [replace(shard, unix="") for shard in shards]  # as from another host
         placement = even_placement((0,), num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_shards)
         fabric = TcpFabric(hidden=HIDDEN, wire_dtype=dtype, slow_after_s=2, dead_after_s=10)
         fabric.connect(Membership(epoch=1, shards=tuple(shards), placement=placement), timeout_s=5)
@@ -91,12 +110,12 @@ def fabric_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Cal
 
 
 @contextmanager
-def bare_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
+def bare_layer(way: Way, rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
     """A function that moves a layer's bytes through bare sockets."""
     num_out, num_in = frame_bytes(rows, dtype)
     request, replies = bytes(num_out), [memoryview(bytearray(num_in)) for _ in range(num_shards)]
-    with processes(bare_process, [(num_out, num_in)] * num_shards) as addresses:
-        sockets = [socket.create_connection(address) for address in addresses]
+    with processes(bare_process, [(way, num_out, num_in)] * num_shards) as addresses:
+        sockets = [socket.socket(socket.AF_INET if way == "tcp" else socket.AF_UNIX) for _ in addresses]
 
         def layer() -> None:
             for sock in sockets:
@@ -104,8 +123,9 @@ def bare_layer(rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Calla
             for sock, reply in zip(sockets, replies, strict=True):
                 fill(sock, reply, spin_s=shard_link.SPIN_S)
 
-        for sock in sockets:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for sock, address in zip(sockets, addresses, strict=True):
+            sock.connect(address)
+            prepare(sock)
         yield layer
         for sock in sockets:
             sock.close()
@@ -129,17 +149,18 @@ def timed(layer: Callable[[], None], *, warmup: int, iterations: int) -> list[fl
     return samples
 
 
-def measure(rows: int, dtype: torch.dtype, *, num_shards: int, num_rounds: int) -> dict:
+def measure(way: Way, rows: int, dtype: torch.dtype, *, num_shards: int, num_rounds: int) -> dict:
     iterations = 2000 if rows < 256 else 300
     wire, bare = [], []
     with (
-        fabric_layer(rows, dtype, num_shards) as over_wire,
-        bare_layer(rows, dtype, num_shards) as over_sockets,
+        fabric_layer(way, rows, dtype, num_shards) as over_wire,
+        bare_layer(way, rows, dtype, num_shards) as over_sockets,
     ):
         for _ in range(num_rounds):
             wire.append(timed(over_wire, warmup=50, iterations=iterations))
             bare.append(timed(over_sockets, warmup=50, iterations=iterations))
     return {
+        "way": way,
         "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": num_shards * sum(frame_bytes(rows, dtype)),
@@ -162,14 +183,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(
-        f"{'shape':>12} {'dtype':>9} {'bytes':>9} {'p50 µs':>8} {'quietest':>8} {'p99 µs':>8} {'bare p50':>8} {'goal':>6}"
+        f"{'way':>5} {'shape':>12} {'dtype':>9} {'bytes':>9} {'p50 µs':>8} {'quietest':>8} {'p99 µs':>8} {'bare p50':>8} {'goal':>6}"
     )
     results = []
-    for rows, dtype in CASES:
-        result = measure(rows, dtype, num_shards=arguments.shards, num_rounds=arguments.rounds)
+    for way, rows, dtype in CASES:
+        result = measure(way, rows, dtype, num_shards=arguments.shards, num_rounds=arguments.rounds)
         results.append(result)
         print(
-            f"{f'[{rows},{HIDDEN}]':>12} {result['dtype']:>9} {result['bytes']:>9} {result['p50_us']:>8} "
+            f"{way:>5} {f'[{rows},{HIDDEN}]':>12} {result['dtype']:>9} {result['bytes']:>9} {result['p50_us']:>8} "
             f"{result['p50_rounds_us'][0]:>8} {result['p99_us']:>8} {result['bare']['p50_us']:>8} "
             f"{result['goal_p50_us'] or '':>6}"
         )

@@ -1,8 +1,10 @@
 """A shard without experts, for tests of the wire, and what it takes to reach it. T tokens, D hidden, K top-k."""
 
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -85,9 +87,25 @@ def through(fabric: Fabric, layer: int, given: LayerInput, *, dtype: torch.dtype
     return out_TD
 
 
+Reach = Callable[[ShardAddress], ShardAddress]
+
+
+def over_unix(address: ShardAddress) -> ShardAddress:
+    return address
+
+
+def over_tcp(address: ShardAddress) -> ShardAddress:
+    """As a router on another host sees it."""
+    return replace(address, unix="")
+
+
+reach: Reach = over_tcp
+"""How every fabric of a test reaches its shards."""
+
+
 def members_of(addresses: Sequence[ShardAddress], *, epoch: int) -> Membership:
     placement = even_placement((0,), num_layers=1, num_experts=NUM_EXPERTS, num_ranks=len(addresses))
-    return Membership(epoch=epoch, shards=tuple(addresses), placement=placement)
+    return Membership(epoch=epoch, shards=tuple(map(reach, addresses)), placement=placement)
 
 
 def begin(fabric: Fabric, *, epoch: int = 1, step: int = 0, rows: int = 1) -> None:
@@ -137,6 +155,10 @@ def listening(shards: Sequence[FakeShard], *, incarnation: str = "first") -> Ite
             )
             for shard in shards
         ]
+
+
+def threads_of_links() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if "-link-" in thread.name}
 
 
 def serve_in_process(rank: int, num_ranks: int, parent: Connection) -> None:

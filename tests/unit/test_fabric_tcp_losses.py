@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ from tests.unit.fake_shard import (
 
 F32 = torch.float32
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def lost_in(call: Callable[[], object]) -> tuple[PeerLost, float]:
     """The PeerLost that a call raises, and after how many seconds."""
@@ -53,6 +56,14 @@ def process_of_rank_1() -> Iterator[ShardAddress]:
         yield address
 
 
+def stop(pid: int) -> None:
+    """Returns once every thread of this process has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    until = time.monotonic() + 5
+    while any("(stopped)" not in file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/status")):
+        assert time.monotonic() < until
+
+
 def broken() -> None:
     raise ValueError("out of experts")
 
@@ -67,7 +78,7 @@ def test_a_killed_shard_is_lost_at_once_and_may_be_replaced(process_of_rank_1: S
     ):
         given = layer_input(5)
         assert torch.equal(through(fabric, 0, given), in_process(shards, 0, given))
-        os.kill(process_of_rank_1.pid, signal.SIGSTOP)  # so that it cannot answer before it is killed
+        stop(process_of_rank_1.pid)  # so that it cannot answer before it is killed
         lost, elapsed_s = lost_in(lambda: through(fabric, 3, given))
         assert (lost.ranks, lost.epoch) == ((1,), 1)
         assert elapsed_s < 0.5
@@ -84,7 +95,7 @@ def test_a_hung_shard_is_reported_once_and_lost_after_the_deadline(
         listening(fake_shards(1)) as (lives,),
         connected(lives.address, process_of_rank_1, slow_after_s=0.1, dead_after_s=0.3) as fabric,
     ):
-        os.kill(process_of_rank_1.pid, signal.SIGSTOP)
+        stop(process_of_rank_1.pid)
         lost, elapsed_s = lost_in(lambda: through(fabric, 0, layer_input(rows)))
         assert lost.ranks == (1,)
         assert 0.3 <= elapsed_s < 1.0
@@ -227,7 +238,7 @@ def test_a_shard_that_takes_no_bytes_has_the_same_deadline(process_of_rank_1: Sh
         listening(shards[:1]) as (lives,),
         connected(lives.address, process_of_rank_1, slow_after_s=0.05, dead_after_s=0.1) as fabric,
     ):
-        os.kill(process_of_rank_1.pid, signal.SIGSTOP)
+        stop(process_of_rank_1.pid)
         threading.Timer(1.0, os.kill, [process_of_rank_1.pid, signal.SIGCONT]).start()
         begin(fabric, step=1, rows=30_000)
         given = layer_input(30_000)
