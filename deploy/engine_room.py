@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from deploy.config import AppArgs
-from experts.backends import resolve_backend
+from experts.backends import KernelSettings
 from experts.checkpoint import ExpertCheckpoint
 from experts.config import ExpertsConfig
 from experts.device import default_device, resolve_dtype
@@ -82,9 +82,11 @@ def _local(
                 checkpoint,
                 placement,
                 rank=rank,
-                backend=resolve_backend(experts.backend, device=device, weights_only=checkpoint.weights_only),
+                backend=experts.backend,
                 dtype=dtype,
                 device=device,
+                settings=KernelSettings(scales=experts.scales, micro=experts.micro),
+                progress=True,
             )
             for rank in range(experts.shards)
         ]

@@ -68,9 +68,9 @@ class Fleet:
                     placement = await asyncio.to_thread(_read_placement, want)
                 except (OSError, ValueError) as error:
                     self._refused = str(error)
-                    logger.error("refused %d shards of %s: %s", want.num_shards, want.checkpoint, error)
+                    logger.error("refused %d shards of %s: %s", want.experts.shards, want.checkpoint, error)
                     return self._refused
-                logger.info("fleet of %s: %d shards of %s", self._app, want.num_shards, want.checkpoint)
+                logger.info("fleet of %s: %d shards of %s", self._app, want.experts.shards, want.checkpoint)
                 await self._stop_keepers()
                 self._start_keepers(want, placement, {})
             self._refused = ""
@@ -135,7 +135,7 @@ class Fleet:
 
     def _start_keepers(self, spec: FleetSpec, placement: ExpertPlacement, taken: Mapping[int, Shard]) -> None:
         self._spec, self._placement = spec, placement
-        for rank in range(spec.num_shards):
+        for rank in range(spec.experts.shards):
             self._keepers[rank] = Keeper(
                 spec,
                 rank,
@@ -226,7 +226,7 @@ def survivors(states: Mapping[str, ShardState]) -> dict[int, str]:
 
 def _read_placement(spec: FleetSpec) -> ExpertPlacement:
     with CheckpointIndex(Path(spec.checkpoint)) as checkpoint:
-        return place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
+        return place_evenly(checkpoint.shape, num_ranks=spec.experts.shards)
 
 
 async def _describe(handle: Any) -> ShardState | None:

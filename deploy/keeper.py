@@ -99,16 +99,14 @@ class Keeper:
                 nodes,
                 seats=self._seats(),
                 resources=resources,
-                strategy=self._spec.strategy,
-                num_shards=self._spec.num_shards,
+                strategy=self._spec.experts.strategy,
+                num_shards=self._spec.experts.shards,
             )
             if seat is not None:  # taken without an await, so that no other keeper takes it, too
                 self.shard = self._shards.start(self._spec, self._rank, seat, resources)
                 await self._until_started(self.shard)
                 return self.shard
-            self._waits_for = (
-                f"a node: none has {resources or 'room'} free under experts.strategy={self._spec.strategy}"
-            )
+            self._waits_for = f"a node: none has {resources or 'room'} free under experts.strategy={self._spec.experts.strategy}"
             await asyncio.sleep(POLL_S)
 
     async def _until_started(self, shard: Shard) -> None:

@@ -287,11 +287,8 @@ def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:
     return FleetSpec(
         app=app,
         checkpoint=str(args.model.path),
-        num_shards=experts.shards,
-        backend=experts.backend,
+        experts=experts,
         dtype=args.router.dtype if args.fabric.wire_dtype == "auto" else args.fabric.wire_dtype,
-        threads=experts.threads,
-        strategy=experts.strategy,
         resources=tuple(sorted(args.fleet.shard_resources.items())),
         lease_s=args.fleet.lease_s,
         start_timeout_s=args.fleet.start_timeout_s,

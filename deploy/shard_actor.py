@@ -42,23 +42,25 @@ class ShardActor:
         # Here, because the Fleet imports this class, and its start need not wait for torch.
         import torch
 
-        from experts.backends import resolve_backend
+        from experts.backends import KernelSettings
         from experts.checkpoint import ExpertCheckpoint
         from experts.device import default_device, resolve_dtype
         from experts.fabric.link import ShardListener
         from experts.shard import load_shard
 
-        spec, device = self._spec, default_device()
-        torch.set_num_threads(spec.threads or os.cpu_count() or 1)
+        spec, experts, device = self._spec, self._spec.experts, default_device()
+        torch.set_num_threads(experts.threads or os.cpu_count() or 1)
         with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
-            self._placement = place_evenly(checkpoint.shape, num_ranks=spec.num_shards)
+            self._placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
             self._shard = load_shard(
                 checkpoint,
                 self._placement,
                 rank=self._rank,
-                backend=resolve_backend(spec.backend, device=device, weights_only=checkpoint.weights_only),
+                backend=experts.backend,
                 dtype=resolve_dtype(spec.dtype, device=device),
                 device=device,
+                settings=KernelSettings(scales=experts.scales, micro=experts.micro),
+                progress=True,
             )
         host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)
         self._listener = ShardListener(self._shard, host=host, name=self._name, token=token)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from deploy.nodes import Strategy
+from experts.config import ExpertsConfig
 
 if TYPE_CHECKING:
     from experts.fabric import ShardAddress
@@ -23,11 +23,8 @@ class FleetSpec:
 
     app: str
     checkpoint: str
-    num_shards: int
-    backend: str
+    experts: ExpertsConfig
     dtype: str
-    threads: int | None
-    strategy: Strategy
     resources: tuple[tuple[str, float], ...]
     lease_s: float
     start_timeout_s: float

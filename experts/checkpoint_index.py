@@ -24,6 +24,7 @@ class CheckpointIndex:
     """Reads JSON and the files' headers, no tensors. Light: does not import torch.
 
     shape: sizes of the routed experts. format: "dense" experts are not quantised, the others are NVFP4.
+    weights_only: it says so, or has no input scale of any expert. top_k: None where config.json does not say.
     Raises ValueError, naming file, tensor or expert, for a checkpoint that is broken or not supported.
     """
 
@@ -38,7 +39,8 @@ class CheckpointIndex:
         self._names = {tensor: name for tensor, name in parsed if tensor and tensor.layer < num_layers}
         check_supported(path, self._names)
         self.format: Format = detect_format(self.files, self._names)
-        self.weights_only = config.weights_only
+        self.weights_only = config.weights_only or self._has_no_input_scales()
+        self.top_k = config.top_k
         self._stacked = any(tensor.expert is None for tensor in self._names)
         self._k_first, self.shape = self._read_shape(num_layers)
 
@@ -66,6 +68,11 @@ class CheckpointIndex:
         """Every tensor that read() does not read, file by file."""
         experts = set(self._names.values())
         return (name for name in self.files if name not in experts)
+
+    def _has_no_input_scales(self) -> bool:
+        return self.format != "dense" and not any(
+            tensor.part == PARTS[self.format].input_scale for tensor in self._names
+        )
 
     def _read_shape(self, num_layers: int) -> tuple[bool, MoEShape]:
         """Also whether stacked experts are K-first, that is, [E, in, out]."""

@@ -23,6 +23,13 @@ class ExpertsConfig(Config):
     strategy: Literal["auto", "spread", "pack"] = "auto"
     """Where shards go: `spread` wants a node each, `pack` fills a node first, `auto` spreads if it can."""
 
+    scales: Literal["exact", "baked"] = "exact"
+    """Of `b12x` and its emulation. `exact` keeps the checkpoint's multipliers; `baked` rounds them into the block scales,
+    which is less accurate and what vLLM's class for this kernel does."""
+
+    micro: bool = False
+    """Of `b12x`: leave FlashInfer's micro kernels on for calls of up to 8 tokens, although they race."""
+
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each shard's kernel; None leaves it to torch, which takes every core. `cpu` uses one."""
 

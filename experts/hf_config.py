@@ -6,6 +6,7 @@ from typing import Any
 
 from experts.tensor_files import read_json
 
+_TOP_K = ("num_experts_per_tok", "moe_k")
 _SUPPORTED = (None, "NVFP4", "W4A16_NVFP4")
 
 
@@ -14,11 +15,13 @@ class CheckpointConfig:
     """num_layers: decoder layers, None where config.json is missing; layers beyond are multi-token prediction.
     quantised: some tensors are, whichever way.
     weights_only: W4A16, that is, the kernel takes 16-bit activations and there are no input scales.
+    top_k: experts per token, None where config.json does not say.
     """
 
     num_layers: int | None
     quantised: bool
     weights_only: bool
+    top_k: int | None
 
 
 def read_config(path: Path) -> CheckpointConfig:
@@ -28,6 +31,7 @@ def read_config(path: Path) -> CheckpointConfig:
     """
     config = _read(path / "config.json")
     stated: dict[str, Any] = config.get("quantization_config") or {}
+    of_text: dict[str, Any] = config.get("text_config", config)
     modelopt: dict[str, Any] = _read(path / "hf_quant_config.json").get("quantization") or stated
     algorithm = _expert_algorithm(modelopt)
     if algorithm not in _SUPPORTED:
@@ -35,9 +39,10 @@ def read_config(path: Path) -> CheckpointConfig:
             f"{path}: experts quantised as {algorithm} are not supported; NVFP4 and W4A16_NVFP4 are"
         )
     return CheckpointConfig(
-        num_layers=config.get("text_config", config).get("num_hidden_layers"),
+        num_layers=of_text.get("num_hidden_layers"),
         quantised=bool(modelopt),
         weights_only=algorithm == "W4A16_NVFP4" or _without_input_scales(stated),
+        top_k=next((of_text[name] for name in _TOP_K if name in of_text), None),
     )
 
 

@@ -2,15 +2,19 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experts.backends import BACKENDS, ExpertBackend
+from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.placement import EMPTY, ExpertPlacement
 from experts.weights import ExpertWeights, MoEShape
+
+_CALM: dict[str, Any] = {"delay": 5.0, "mininterval": 5.0}
+"""Bars go to the log of a process: what is quick leaves no trace there."""
 
 
 class ExpertShard:
@@ -28,6 +32,7 @@ class ExpertShard:
         backend: str,
         dtype: torch.dtype,
         device: torch.device,
+        settings: KernelSettings = DEFAULTS,
     ) -> None:
         self.shape = shape
         self.rank = rank
@@ -35,7 +40,7 @@ class ExpertShard:
         self.device = device
         self.first_slot = rank * slots_per_rank
         self.slots_per_rank = slots_per_rank
-        self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device)
+        self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device, settings)
         self._one_forward = threading.Lock()
         self._moe_layers = frozenset(shape.moe_layers)
         self._num_pairs: Tensor | int = 0  # on a CPU a Python int: a tensor's += would cost 30 us
@@ -56,9 +61,17 @@ class ExpertShard:
         """Fill every slot that the placement gives this rank. Reads only those experts from disk."""
         wanted = list(slots_of(placement, self.rank))
         for layer, slot, expert in tqdm(
-            wanted, desc=f"shard {self.rank}: experts", disable=not progress, unit="expert"
+            wanted, desc=f"shard {self.rank}: experts", disable=not progress, unit="expert", **_CALM
         ):
             self.write_slot(layer, slot, checkpoint.read(layer, expert))
+
+    def warm(self, *, top_k: int, progress: bool) -> None:
+        """Compile and set up what forwards need, so that no request waits for it: see ExpertBackend."""
+        with tqdm(desc=f"shard {self.rank}: kernels", disable=not progress, unit="kernel", **_CALM) as bar:
+            for done, total, what in self._backend.warm(top_k=top_k):
+                bar.total = total
+                bar.set_postfix_str(what, refresh=False)
+                bar.update(done - bar.n)
 
     def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         """Partial sums of this rank's experts; rows without one are zero.
@@ -108,16 +121,20 @@ def load_shard(
     backend: str,
     dtype: torch.dtype,
     device: torch.device,
+    settings: KernelSettings = DEFAULTS,
     progress: bool = False,
 ) -> ExpertShard:
-    """A shard with its experts read from a checkpoint."""
+    """A shard that is ready: its experts read from a checkpoint, its kernels warm. backend: may be `auto`."""
     shard = ExpertShard(
         checkpoint.shape,
         rank=rank,
         slots_per_rank=placement.slots_per_rank,
-        backend=backend,
+        backend=resolve_backend(backend, device=device, weights_only=checkpoint.weights_only),
         dtype=dtype,
         device=device,
+        settings=settings,
     )
     shard.load(checkpoint, placement, progress=progress)
+    if checkpoint.top_k is not None:
+        shard.warm(top_k=checkpoint.top_k, progress=progress)
     return shard

@@ -3,13 +3,34 @@
 T tokens, D hidden, K top-k, e local slots, I intermediate.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from experts.backends.b12x_layout import Scales
 from experts.weights import ExpertWeights, MoEShape
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What a user may choose of a kernel, see ExpertsConfig. Backends that know nothing of it do without."""
+
+    scales: Scales = "exact"
+    micro: bool = False
+
+
+DEFAULTS = KernelSettings()
+
+
+class Progress(NamedTuple):
+    """done of total pieces of work; what: the next of them."""
+
+    done: int
+    total: int
+    what: str
 
 
 class ExpertBackend(Protocol):
@@ -28,38 +49,55 @@ class ExpertBackend(Protocol):
         """
         ...
 
+    def warm(self, *, top_k: int) -> Iterable[Progress]:
+        """Compile and set up what forwards with this top_k need, step by step; most backends need nothing.
 
-BackendFactory = Callable[[MoEShape, int, torch.dtype, torch.device], ExpertBackend]
-"""(shape, num_slots, dtype of x and out, device) -> a backend with unwritten slots."""
+        For a backend that does, forwards neither compile nor allocate from then on.
+        """
+        return ()
 
 
-def _reference(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+BackendFactory = Callable[[MoEShape, int, torch.dtype, torch.device, KernelSettings], ExpertBackend]
+"""(shape, num_slots, dtype of x and out, device, settings) -> a backend with unwritten slots."""
+
+
+def _reference(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
+) -> ExpertBackend:
     from experts.backends.reference import ReferenceBackend
 
     return ReferenceBackend(shape, num_slots, dtype, device)
 
 
-def _torch(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+def _torch(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
+) -> ExpertBackend:
     from experts.backends.sorted_pairs import SortedPairsBackend
 
     return SortedPairsBackend(shape, num_slots, dtype, device)
 
 
-def _cpu(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+def _cpu(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
+) -> ExpertBackend:
     from experts.backends.cpu import CpuBackend
 
     return CpuBackend(shape, num_slots, dtype, device)
 
 
-def _b12x(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+def _b12x(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
+) -> ExpertBackend:
     from experts.backends.b12x import B12xBackend
     from experts.backends.b12x_library import machine_of, require
 
     require(machine_of(device))
-    return B12xBackend(shape, num_slots, dtype, device)
+    return B12xBackend(shape, num_slots, dtype, device, scales=settings.scales, micro=settings.micro)
 
 
-def _b12x_w4a16(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertBackend:
+def _b12x_w4a16(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
+) -> ExpertBackend:
     from experts.backends.b12x import B12xBackend
     from experts.backends.b12x_library import machine_of, require
 
@@ -68,11 +106,11 @@ def _b12x_w4a16(shape: MoEShape, num_slots: int, dtype: torch.dtype, device: tor
 
 
 def _b12x_emulated(
-    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
     from experts.backends.b12x_emulated import B12xEmulatedBackend
 
-    return B12xEmulatedBackend(shape, num_slots, dtype, device)
+    return B12xEmulatedBackend(shape, num_slots, dtype, device, scales=settings.scales)
 
 
 BACKENDS: dict[str, BackendFactory] = {

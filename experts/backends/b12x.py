@@ -7,11 +7,12 @@ it computes the local problem, with local ids and -1 for experts that are elsewh
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from experts.backends import ExpertBackend, Progress
 from experts.backends.b12x_layout import Scales
 from experts.backends.b12x_library import disable_micro, enable_micro
 from experts.backends.b12x_w4a4 import W4A4Layer, W4A4Workspaces
@@ -29,13 +30,7 @@ MAX_TOP_K = 32
 """Of the kernels that quantise a token once for all its experts."""
 
 
-class Progress(NamedTuple):
-    done: int
-    total: int
-    what: str
-
-
-class B12xBackend:
+class B12xBackend(ExpertBackend):
     """Weights and workspaces are allocated once; after warm(), forward allocates nothing and waits for nothing.
 
     A slot written after warm() moves the multipliers that a captured graph holds (the library folds two of them into a
@@ -85,14 +80,15 @@ class B12xBackend:
             rows = slice(start, start + self._max_tokens)
             self._turn(layer, buffers, x_TD[rows], local_TK[rows], w_TK[rows], out_TD[rows])
 
-    def warm(self, buckets: Sequence[int], *, top_k: int) -> Iterator[Progress]:
+    def warm(self, buckets: Sequence[int] | None = None, *, top_k: int) -> Iterator[Progress]:
         """Compile what these numbers of tokens need, seconds each, and fill the library's caches of every layer.
 
-        From then on the backend runs these shapes only. Raises ValueError for a bucket beyond max_tokens.
+        From then on the backend runs these shapes only; token_buckets() if none are given. Raises ValueError for a
+        bucket beyond max_tokens.
         """
-        sizes = tuple(sorted(set(buckets)))
+        sizes = tuple(sorted(set(token_buckets(self._max_tokens) if buckets is None else buckets)))
         if not sizes or sizes[0] < 1 or sizes[-1] > self._max_tokens:
-            raise ValueError(f"token buckets must be in 1..{self._max_tokens}, got {list(buckets)}")
+            raise ValueError(f"token buckets must be in 1..{self._max_tokens}, got {list(sizes)}")
         self._buckets = ()
         buffers = self._buffers_for(top_k)
         first, *others = self._layers

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experts.backends import ExpertBackend
 from experts.backends import b12x_numerics as numerics
 from experts.backends.b12x_layout import Scales, check_shape, padded_intermediate, prepare
 from experts.weights import ExpertWeights, MoEShape
@@ -31,7 +32,7 @@ class _Slot:
     fc2_input_scale: Tensor
 
 
-class B12xEmulatedBackend:
+class B12xEmulatedBackend(ExpertBackend):
     """Shows what W4A4 costs before one owns the hardware. Any dtype of x: it is rounded to bfloat16 first.
 
     Static calls (up to 1024 pairs) are deterministic, as the kernel is. Beyond, the kernel adds bfloat16 numbers in any

@@ -4,8 +4,10 @@ D hidden, I intermediate, N rows, K columns, G = K / 16 scales of a row, m = N /
 Source of every rule: flashinfer-python 0.7.2.post1, flashinfer/cute_dsl/utils.py and fused_moe/cute_dsl.
 """
 
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from experts.nvfp4 import E4M3_MAX, GROUP
 from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
+
+logger = logging.getLogger(__name__)
 
 Scales = Literal["exact", "baked"]
 """exact: the checkpoint's multipliers as they are, in float32.
@@ -139,4 +143,17 @@ def _bake(matrix: Nvfp4Weight) -> Nvfp4Weight:
 
 
 def _input_scale(stated: Tensor | None, *, like: Tensor) -> Tensor:
-    return torch.full_like(like, UNCALIBRATED_SCALE) if stated is None else stated.to(like.device)
+    if stated is not None:
+        return stated.to(like.device)
+    _warn_of_no_input_scale()
+    return torch.full_like(like, UNCALIBRATED_SCALE)
+
+
+@cache
+def _warn_of_no_input_scale() -> None:
+    """Once in a process: what one expert lacks, most do."""
+    logger.warning(
+        "the checkpoint has no input scales: W4A4 takes %g for activations that nobody calibrated; "
+        "experts.backend=b12x-w4a16 needs none",
+        UNCALIBRATED_SCALE,
+    )

@@ -8,12 +8,12 @@ dequantised float32 needs 4, and no rounding that float32 weights would not have
 import torch
 from torch import Tensor
 
-from experts.backends import cpu_kernel
+from experts.backends import ExpertBackend, cpu_kernel
 from experts.nvfp4 import GROUP, unpack
 from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
 
 
-class CpuBackend:
+class CpuBackend(ExpertBackend):
     """One thread per forward. Computes in float32 whatever the dtype of the activations."""
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:

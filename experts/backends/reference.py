@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts.backends import ExpertBackend
 from experts.nvfp4 import dequantize
 from experts.weights import ExpertWeights, MoEShape
 
 
-class ReferenceBackend:
+class ReferenceBackend(ExpertBackend):
     """Slow and obvious; every other backend is tested against it. Keeps the packed weights."""
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:

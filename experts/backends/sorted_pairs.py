@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts.backends import ExpertBackend
 from experts.nvfp4 import dequantize
 from experts.weights import ExpertWeights, MoEShape
 
@@ -16,7 +17,7 @@ FEW_ROWS = 8
 """Rows per expert, on average, up to which a product with each expert's weights as the left factor is quicker."""
 
 
-class SortedPairsBackend:
+class SortedPairsBackend(ExpertBackend):
     """Weights are dequantised once, to the dtype of the activations: exact, quick on a CPU, large in memory.
 
     An expert's rows stand together, so its weights are read once.

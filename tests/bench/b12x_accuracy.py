@@ -1,20 +1,24 @@
-"""What W4A4 costs, by the emulation of the kernels: python -m tests.bench.b12x_accuracy [--windows N] [--output FILE]
+"""What W4A4 costs, by the emulation of the kernels.
 
-First, relative errors of random layers of real sizes, to float32 on the unquantised weights: W4A16 is the quantised
-weights alone, then FP4 activations with the checkpoint's own multipliers (exact) and with vLLM's convention (baked).
-Then the perplexity of the demo model on held-out text, whose own weights are the W4A16 row.
+    python -m tests.bench.b12x_accuracy --bf16 DIR [--windows N] [--output FILE]
+
+First, relative errors of random layers of real sizes, to float32 on the unquantised weights: BF16 weights and
+activations, W4A16, which is the quantised weights alone, then FP4 activations with the checkpoint's own multipliers
+(exact) and with vLLM's convention (baked). Then the perplexity of the demo model on held-out text: DIR is the
+checkpoint it was made from, computed by transformers in float32; the others are our engine's in float32.
 """
 
 import argparse
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts.backends import BACKENDS
+from experts.backends import BACKENDS, ExpertBackend
 from experts.backends.b12x_emulated import B12xEmulatedBackend
 from experts.backends.b12x_layout import Scales
 from experts.nvfp4 import dequantize, quantize, scale_2_of
@@ -22,10 +26,17 @@ from experts.weights import ExpertWeights, MoEShape
 from router.config import RouterConfig
 from router.request import Request, SamplingParams
 from tests.bench import report
-from tests.bench.perplexity import DEMO, HELDOUT, perplexity, windows_of
+from tests.bench.perplexity import (
+    DEMO,
+    HELDOUT,
+    load_dense,
+    perplexity,
+    score_by_transformers,
+    windows_of,
+)
 from tests.in_process import in_process
 
-SHAPES = {"Qwen3-30B-A3B": (2048, 768), "GLM-4.6": (5120, 1536)}
+SHAPES = {"Qwen3-30B-A3B": (2048, 768), "MiniMax-M2": (3072, 1536), "GLM-4.6": (5120, 1536)}
 STDS = (0.01, 0.02, 0.04)
 TOKENS = 64
 SCALES: tuple[Scales, ...] = ("exact", "baked")
@@ -48,7 +59,9 @@ def errors_of_layer(hidden: int, intermediate: int, std: float) -> dict[str, flo
         scale_2_of(a_TI.abs().max()),
     )
     gate_q, up_q, down_q = (dequantize(w, torch.float32) for w in (expert.gate, expert.up, expert.down))
-    found = {"W4A16": (F.silu(x_TD @ gate_q.T) * (x_TD @ up_q.T)) @ down_q.T}
+    x_bf, gate_bf, up_bf, down_bf = (tensor.bfloat16() for tensor in (x_TD, gate, up, down))
+    found = {"BF16": ((F.silu(x_bf @ gate_bf.T) * (x_bf @ up_bf.T)) @ down_bf.T).float()}
+    found["W4A16"] = (F.silu(x_TD @ gate_q.T) * (x_TD @ up_q.T)) @ down_q.T
     shape = MoEShape(1, (0,), 1, hidden, intermediate)
     for scales in SCALES:
         backend = B12xEmulatedBackend(shape, 1, torch.float32, torch.device("cpu"), scales=scales)
@@ -75,12 +88,20 @@ def score(backend: str, windows: list[list[int]]) -> Tensor:
     return torch.tensor(scores, dtype=torch.float64)
 
 
+def _emulated(
+    scales: Scales, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, _: object
+) -> ExpertBackend:
+    """A BackendFactory with a setting of its own."""
+    return B12xEmulatedBackend(shape, num_slots, dtype, device, scales=scales)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens, evenly spread over the text")
     parser.add_argument("--output", metavar="FILE")
+    parser.add_argument("--bf16", type=Path, required=True, metavar="DIR")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     for name, sizes in SHAPES.items():
@@ -90,18 +111,12 @@ def main() -> None:
     windows = windows_of(DEMO, HELDOUT)
     windows = windows[:: max(1, len(windows) // options.windows)]
     backends = {"W4A16": "torch"} | {f"W4A4 {scales}": f"b12x-emulated {scales}" for scales in SCALES}
-    made = {
-        f"b12x-emulated {scales}": cast(Any, partial(B12xEmulatedBackend, scales=scales)) for scales in SCALES
-    }
+    made = {f"b12x-emulated {scales}": partial(_emulated, scales) for scales in SCALES}
+    rows = {"BF16": partial(score_by_transformers, load_dense(options.bf16), windows)}
+    rows |= {name: partial(score, backend, windows) for name, backend in backends.items()}
     with patch.dict(BACKENDS, made):
-        for name, backend in backends.items():
-            results.append(
-                {
-                    "model": "demo",
-                    "weights": name,
-                    "perplexity": round(perplexity(score(backend, windows)), 4),
-                }
-            )
+        for name, scores in rows.items():
+            results.append({"model": "demo", "weights": name, "perplexity": round(perplexity(scores()), 4)})
             print("  ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
     report.emit("b12x_accuracy", results, config={"windows": len(windows)}, output=options.output)
 

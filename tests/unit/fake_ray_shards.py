@@ -12,6 +12,7 @@ from deploy.fleet import Fleet
 from deploy.nodes import Node, Seat
 from deploy.ray_shards import RayShards, Shard
 from deploy.spec import FleetSpec, ShardState, ShardStats
+from experts.config import ExpertsConfig
 from experts.fabric import ShardAddress
 from experts.placement import ExpertPlacement, even_placement
 
@@ -22,11 +23,8 @@ def fleet_spec(*, num_shards: int = 2, checkpoint: Path = DEMO, gpus: float = 0)
     return FleetSpec(
         app="app",
         checkpoint=str(checkpoint),
-        num_shards=num_shards,
-        backend="auto",
+        experts=ExpertsConfig(shards=num_shards, threads=1),
         dtype="auto",
-        threads=1,
-        strategy="auto",
         resources=(("GPU", gpus),) if gpus else (),
         lease_s=60.0,
         start_timeout_s=60.0,
@@ -81,7 +79,7 @@ class FakeShardActor:
         await self._world.may_load.wait()
         self._world.at_load(self._name)
         self._placement = even_placement(
-            tuple(range(6)), num_layers=6, num_experts=32, num_ranks=self._spec.num_shards
+            tuple(range(6)), num_layers=6, num_experts=32, num_ranks=self._spec.experts.shards
         )
         port = next(self._world.ports)
         self._address = ShardAddress(self._rank, self._node, port, self._name, pid=port, token=b"")

@@ -189,7 +189,7 @@ def test_no_inference_tensor_reaches_the_wrapper(recorder: Recorder) -> None:
 def test_foreign_ids_never_reach_the_kernel(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     from experts import shard as shards
 
-    monkeypatch.setitem(shards.BACKENDS, "b12x-here", B12xBackend)
+    monkeypatch.setitem(shards.BACKENDS, "b12x-here", lambda *sizes: B12xBackend(*sizes[:4]))
     shard = shards.ExpertShard(
         SHAPE, rank=1, slots_per_rank=NUM_SLOTS, backend="b12x-here", dtype=torch.bfloat16, device=CPU
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experts.backends.b12x_layout import (
     UNCALIBRATED_SCALE,
+    _warn_of_no_input_scale,
     mma_view,
     padded_intermediate,
     prepare,
@@ -146,12 +147,16 @@ def test_multipliers_are_those_of_a_modelopt_checkpoint() -> None:
     assert new.w2_alpha == expert.down.scale_2 * expert.down_input_scale
 
 
-def test_an_uncalibrated_expert_gets_the_stated_scales() -> None:
+def test_an_uncalibrated_expert_gets_the_stated_scales_and_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _warn_of_no_input_scale.cache_clear()
     expert = replace(random_expert(moe_shape(128, 256), 0), input_scale=None, down_input_scale=None)
     expert = replace(expert, up=replace(expert.up, scale_2=expert.gate.scale_2))
     new = prepare(expert, "exact")
     assert new.input_scale == new.fc2_input_scale == UNCALIBRATED_SCALE
     assert new.w2_alpha == expert.down.scale_2 * UNCALIBRATED_SCALE
+    assert ["b12x-w4a16 needs none" in record.message for record in caplog.records] == [True]
 
 
 def test_weights_only_needs_no_input_scales() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experts.backends import BACKENDS
+from experts.backends import BACKENDS, ExpertBackend, KernelSettings
 from experts.nvfp4 import quantize
 from experts.placement import EMPTY, ExpertPlacement, even_placement
 from experts.shard import ExpertShard, slots_of
@@ -201,7 +201,7 @@ def test_no_tokens_are_no_work() -> None:
     assert shard.num_pairs == 0
 
 
-class NoBackend:
+class NoBackend(ExpertBackend):
     """Computes nothing."""
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None: ...
@@ -225,7 +225,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def idle_shard(monkeypatch: pytest.MonkeyPatch) -> ExpertShard:
-    monkeypatch.setitem(BACKENDS, "none", lambda shape, num_slots, dtype, device: NoBackend())
+    monkeypatch.setitem(BACKENDS, "none", lambda shape, num_slots, dtype, device, settings: NoBackend())
     return make_shard(ONE_RANK, 0, "none", torch.float32)
 
 
@@ -255,7 +255,7 @@ def test_links_in_parallel_lose_no_count(idle_shard: ExpertShard) -> None:
 
 def test_backend_cpu_refuses_another_device() -> None:
     with pytest.raises(ValueError, match="backend cpu runs on a CPU, not on cuda:1"):
-        BACKENDS["cpu"](SHAPE, 7, torch.bfloat16, torch.device("cuda:1"))
+        BACKENDS["cpu"](SHAPE, 7, torch.bfloat16, torch.device("cuda:1"), KernelSettings())
 
 
 def test_refuses_a_layer_without_experts() -> None:

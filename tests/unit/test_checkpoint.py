@@ -174,6 +174,13 @@ def test_w4a16_experts_have_no_input_scale(tmp_path: Path, edit: Callable[[Path]
     assert weights.down_input_scale is None
 
 
+def test_a_checkpoint_without_any_input_scale_is_w4a16(tmp_path: Path) -> None:
+    path = rewrite(WHOLE, tmp_path / "c", without("input_scale"))
+    with ExpertCheckpoint(path) as checkpoint:
+        assert checkpoint.weights_only
+        assert checkpoint.read(1, 0).input_scale is None
+
+
 def test_layers_beyond_the_configured_number_are_not_of_the_model(tmp_path: Path) -> None:
     edit_json(rewrite(EXPERTS_ONLY, tmp_path / "c", dict) / "config.json", num_hidden_layers=2)
     with ExpertCheckpoint(tmp_path / "c") as checkpoint:

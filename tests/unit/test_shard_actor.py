@@ -3,13 +3,18 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from deploy import ray_shards, shard_actor
 from deploy.shard_actor import ShardActor
 from deploy.spec import NAMESPACE
+from experts import shard
+from experts.backends import KernelSettings
+from experts.config import ExpertsConfig
 from tests.unit.fake_ray_shards import fleet_spec
 
 
@@ -20,6 +25,19 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> ShardActor:
     monkeypatch.setattr(shard_actor.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ShardActor, "_exit_without_lease", lambda actor: None)
     return ShardActor(fleet_spec(), 0, "app-shard-0-x")
+
+
+def test_what_a_user_chose_of_the_experts_reaches_the_kernel(
+    actor: ShardActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = ExpertsConfig(shards=2, backend="b12x-emulated", scales="baked", micro=True, threads=1)
+    actor._spec = replace(actor._spec, experts=chosen)
+    load = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(shard, "load_shard", load)
+    with pytest.raises(InterruptedError):
+        actor.load()
+    assert load.call_args.kwargs["backend"] == "b12x-emulated"
+    assert load.call_args.kwargs["settings"] == KernelSettings(scales="baked", micro=True)
 
 
 def test_a_new_watch_releases_the_one_before(actor: ShardActor) -> None:
