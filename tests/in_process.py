@@ -142,7 +142,7 @@ def in_process(
     path: Path,
     *,
     num_shards: int,
-    backend: str = "cpu",
+    backend: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     config: RouterConfig | None = None,
