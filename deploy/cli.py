@@ -96,6 +96,19 @@ def status(
     raise typer.Exit(0 if ready else 1)
 
 
+@app.command()
+def selftest() -> None:
+    """Whether every kernel that this machine can run computes what it should, and how fast."""
+    try:
+        from experts.device import default_device
+        from experts.selftest import selftest
+
+        good = selftest(default_device(), echo=typer.echo)
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    raise typer.Exit(0 if good else 1)
+
+
 def _fail(message: str) -> NoReturn:
     typer.echo(f"sparkmoe: {message}", err=True)
     raise typer.Exit(2)
