@@ -3,7 +3,6 @@
 T tokens, D hidden, K top-k, e slots, I intermediate. A pair is a (token, expert) of a local expert.
 """
 
-import importlib.metadata
 import platform
 import statistics
 import time
