@@ -237,9 +237,7 @@ def machine_sentence(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         where = f"{torch.cuda.get_device_name(device)} (SM{major}{minor}, CUDA {torch.version.cuda})"
-    return (
-        f"sparkmoe {importlib.metadata.version('sparkmoe')} on {where}: torch {torch.__version__}, {packages}"
-    )
+    return f"{where}: torch {torch.__version__}, {packages}"
 
 
 def _line(name: str, layer: Layer, result: Result) -> str:
