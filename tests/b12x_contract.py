@@ -1,147 +1,264 @@
-"""One call of backend b12x, through FlashInfer's host code, to the compiled kernel's own check of its arguments.
-
-    python -m tests.b12x_contract --experts 128 --hidden 2048 --intermediate 768 --top-k 8 --ranks 2 --tokens 16
+"""Calls of backend b12x, through FlashInfer's host code, to the compiled kernels' own check of their arguments.
 
 No GPU: CPU tensors go by as CUDA ones. A kernel that accepts its arguments asks for the driver, and there is none:
-that is the success, and the only way to see it. Prints one JSON line, with what is in the PTX and the cubin. A process
-per call, because the library's next one would wait for ever. Placement is even; the rank with most experts is called.
+that is the success, and the only way to see it. After it the process is useless (the library's next call would wait for
+ever), so each call is made in a fork of a process that has compiled the kernel, and that is a fork of one that has
+imported the library. The kernels of W4A16 ask for the driver first, so those are compiled and not called.
+T tokens, D hidden, K top-k.
 """
 
-import argparse
-import ctypes
-import json
 import math
+import multiprocessing
 import os
 import re
-import sys
+import signal
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from experts.backends.b12x import B12xBackend
+from experts.backends.b12x import MAX_TOKENS, B12xBackend, Mode, token_buckets
 from experts.weights import MoEShape
-from tests.b12x_on_cpu import pretend_sm12x
+from tests.b12x_mistakes import MISTAKES, Arguments
+from tests.b12x_on_cpu import pretend_sm12x, pretend_w4a16
+from tests.b12x_tensors import as_cuda
 
 ACCEPTED = "accepted"
-FP4_MMA = "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3"
+BUCKETS = tuple(token_buckets(MAX_TOKENS))
+MMA = {
+    "w4a4": "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3",
+    "w4a16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+}
+"""The tensor-core instruction that a kernel is there for."""
+
 _REGCOUNT, _FRAME_SIZE = 0x2F, 0x11
+_DEADLINE_S = 60
 
 
-class _Device(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int), ("index", ctypes.c_int))
+class Model(NamedTuple):
+    """One MoE layer's sizes."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
 
 
-class _DlTensor(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("device", _Device))
+MODELS = {
+    "demo": Model(32, 256, 128, 4),
+    "Qwen3-30B-A3B": Model(128, 2048, 768, 8),
+    "Qwen3-235B-A22B": Model(128, 4096, 1536, 8),
+    "MiniMax-M2": Model(256, 3072, 1536, 8),
+    "GLM-4.6": Model(160, 5120, 1536, 8),
+    "Qwen3-Coder-480B": Model(160, 6144, 2560, 8),
+    "Qwen3-Next-80B": Model(512, 2048, 512, 10),
+}
+"""The last is known to crash in other servers."""
 
 
-class _Capsule:
-    """A DLPack capsule that says where its tensor is."""
+@dataclass(frozen=True)
+class Case:
+    """What one shard does: of so many equal ones, rounded up. tokens: rows of the calls. mistakes: make those, too."""
 
-    def __init__(self, capsule: Any) -> None:
-        self._capsule = capsule
+    model: str
+    ranks: int = 2
+    tokens: tuple[int, ...] = BUCKETS
+    mode: Mode = "w4a4"
+    arch: str = "sm_121a"
+    mistakes: bool = False
 
-    def __dlpack__(self, **_: Any) -> Any:
-        return self._capsule
+    def __str__(self) -> str:
+        return f"{self.model}-ep{self.ranks}-{self.mode}-{self.arch}-{self.tokens[0]}..{self.tokens[-1]}"
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return CUDA, 0
+    @property
+    def num_slots(self) -> int:
+        return math.ceil(MODELS[self.model].experts / self.ranks)
 
-
-CUDA = 2
-
-
-def as_cuda(tensor: Tensor) -> Any:
-    """The tensor as the kernel's checks see it, on device cuda:0. Its data must not be touched."""
-    import tvm_ffi
-
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    capsule = tensor.__dlpack__()
-    _DlTensor.from_address(pointer(capsule, b"dltensor")).device.type = CUDA
-    return tvm_ffi.from_dlpack(_Capsule(capsule))
+    @property
+    def shape(self) -> MoEShape:
+        experts, hidden, intermediate, _ = MODELS[self.model]
+        return MoEShape(1, (0,), experts, hidden, intermediate)
 
 
-def call(shape: MoEShape, *, num_slots: int, top_k: int, num_tokens: int, arch: str) -> dict[str, Any]:
-    """What happened: kernel, seconds, and `accepted` or what the kernel complained of."""
-    dispatch = pretend_sm12x(setattr, arch=arch)
-    kernels: list[str] = []
-    seconds: list[float] = []
+@dataclass(frozen=True)
+class Kernel:
+    """mma: instructions of MMA. stack: bytes, of which spilled registers are a part, so 0 means that none spilled."""
 
-    def compile_kernel(
-        _module: str, name: str, make: Callable[[], Any], extra_key_files: Any = ()
-    ) -> Callable[..., Any]:
+    name: str
+    seconds: float
+    target: str
+    mma: int
+    registers: int
+    stack: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """By the number of tokens: the kernels that are launched, and what the library says: ACCEPTED, or a complaint."""
+
+    kernels: list[Kernel]
+    launches: dict[int, tuple[str, ...]]
+    verdicts: dict[int, str]
+    mistakes: dict[int, dict[str, str]]
+
+
+def pool() -> ProcessPoolExecutor:
+    """Of processes that examine a case each, as many at a time as there are cores."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tests.b12x_imports"])
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1)
+
+
+def examine(case: Case) -> Findings:
+    """Compile what the case needs and, unless it is W4A16, call it. Once per process."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Compiler(case, Path(folder))
+        backend = backend_of(case)
+        found = Findings(compiler.kernels, {}, {}, {})
+        for num_tokens in case.tokens:
+            right = arguments_of(case, num_tokens)
+            call = partial(forward, backend, right)
+            call()
+            found.launches[num_tokens] = compiler.launched()
+            if case.mode == "w4a4":
+                found.verdicts[num_tokens] = in_fork(partial(compiler.verdict, call))
+            if case.mistakes:
+                found.mistakes[num_tokens] = verdicts_on_mistakes(compiler, backend, right)
+        return found
+
+
+def verdicts_on_mistakes(compiler: "Compiler", backend: B12xBackend, right: Arguments) -> dict[str, str]:
+    """What the library says to each of MISTAKES, past our own check."""
+    buffers = backend._buffers_for(right["local_TK"].shape[1])
+    verdicts = {}
+    for name, mistake in MISTAKES.items():
+        call = partial(backend._run, 0, buffers, *mistake(right).values())
+        verdicts[name] = in_fork(partial(compiler.verdict, call))
+    return verdicts
+
+
+def backend_of(case: Case) -> B12xBackend:
+    return B12xBackend(case.shape, case.num_slots, torch.bfloat16, torch.device("cpu"), mode=case.mode)
+
+
+def arguments_of(case: Case, num_tokens: int) -> Arguments:
+    top_k = MODELS[case.model].top_k
+    ids_TK = torch.arange(num_tokens * top_k, dtype=torch.int32).view(num_tokens, top_k)
+    x_TD = torch.zeros(num_tokens, case.shape.hidden, dtype=torch.bfloat16)
+    return {
+        "x_TD": x_TD,
+        "local_TK": ids_TK % case.num_slots,
+        "w_TK": torch.zeros(num_tokens, top_k),
+        "out_TD": torch.empty_like(x_TD),
+    }
+
+
+def forward(backend: B12xBackend, arguments: Arguments) -> None:
+    backend.forward(
+        0, arguments["x_TD"], arguments["local_TK"], arguments["w_TK"], out_TD=arguments["out_TD"]
+    )
+
+
+class Compiler:
+    """Compiles what the library asks for and notes it. Nothing is launched but within verdict()."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        from tests.b12x_imports import compile_for
+
+        self.kernels: list[Kernel] = []
+        self._mode, self._folder = case.mode, folder
+        self._launched: list[str] = []
+        self._really = False
+        compile_for(case.arch, folder)
+        pretend_sm12x(setattr, arch=case.arch).build_and_load_cute_dsl_kernel = self._compile_w4a4
+        if case.mode == "w4a16":
+            pretend_w4a16(setattr, self._compile_w4a16, arch=case.arch)
+
+    def launched(self) -> tuple[str, ...]:
+        """Names of the kernels since the last time."""
+        names, self._launched = tuple(self._launched), []
+        return names
+
+    def verdict(self, call: Callable[[], None]) -> str:
+        self._really = True
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 it is the answer
+            missing_driver = "cudaErrorInsufficientDriver" in str(error) or "cuInit" in str(error)
+            return ACCEPTED if missing_driver else f"{type(error).__name__}: {error}"
+        return "returned, which only a GPU can explain"
+
+    def _compile_w4a4(
+        self, _module: str, name: str, make: Callable[[], Any], extra_key_files: Any = ()
+    ) -> Callable[..., None]:
+        return self._compile(name, make)
+
+    def _compile_w4a16(
+        self, kernel: Any, *args: Any, compile_spec: Any, dsl_compile_options: Any = None
+    ) -> Callable[..., None]:
+        import cutlass.cute as cute
+
+        compiler = cute.compile[dsl_compile_options] if dsl_compile_options else cute.compile
+        return self._compile(compile_spec.kernel_id, lambda: compiler(kernel, *args))
+
+    def _compile(self, name: str, make: Callable[[], Any]) -> Callable[..., None]:
         started = time.monotonic()
         compiled = make()
-        kernels.append(name)
-        seconds.append(round(time.monotonic() - started, 1))
-        return lambda *args: compiled(*(as_cuda(arg) if isinstance(arg, Tensor) else arg for arg in args))
+        self.kernels.append(self._kernel(name, time.monotonic() - started))
 
-    dispatch.build_and_load_cute_dsl_kernel = compile_kernel
-    backend = B12xBackend(shape, num_slots, torch.bfloat16, torch.device("cpu"))
-    x_TD = torch.zeros(num_tokens, shape.hidden, dtype=torch.bfloat16)
-    ids_TK = torch.arange(num_tokens * top_k, dtype=torch.int32).view(num_tokens, top_k) % num_slots
-    w_TK = torch.zeros(num_tokens, top_k)
-    try:
-        backend.forward(shape.moe_layers[0], x_TD, ids_TK, w_TK, out_TD=torch.empty_like(x_TD))
-        verdict = "returned, which only a GPU can explain"
-    except RuntimeError as error:
-        missing_driver = "cudaErrorInsufficientDriver" in str(error) or "cuInit" in str(error)
-        verdict = ACCEPTED if missing_driver else f"RuntimeError: {error}"
-    except (TypeError, ValueError) as error:
-        verdict = f"{type(error).__name__}: {error}"
-    return {"verdict": verdict, "kernel": kernels[-1] if kernels else None, "seconds": sum(seconds)}
+        def launch(*args: Any) -> None:
+            self._launched.append(name)
+            if self._really:
+                compiled(*(as_cuda(arg) if isinstance(arg, Tensor) else arg for arg in args))
 
+        return launch
 
-def facts_of_ptx(ptx: str) -> dict[str, Any]:
-    """mma: how many block-scaled FP4 tensor-core instructions."""
-    target = re.search(r"\.target (\w+)", ptx)
-    return {"target": target[1] if target else None, "mma": ptx.count(FP4_MMA)}
-
-
-def facts_of_cubin(cubin: bytes) -> dict[str, int]:
-    """Of the largest kernel. stack: bytes, of which spilled registers are a part; so 0 means that none spilled.
-
-    Attributes of .nv.info: format 4, a code, size 8, then the symbol and the value as 32-bit numbers.
-    """
-
-    def largest(code: int) -> int:
-        found = re.finditer(rb"\x04" + re.escape(bytes([code])) + rb"\x08\x00....(....)", cubin, re.DOTALL)
-        return max((int.from_bytes(one[1], "little") for one in found if one[1][2:] == b"\0\0"), default=0)
-
-    return {"registers": largest(_REGCOUNT), "stack": largest(_FRAME_SIZE)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("experts", "hidden", "intermediate", "top-k", "ranks", "tokens"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--arch", default="sm_121a")
-    options = parser.parse_args()
-    shape = MoEShape(1, (0,), options.experts, options.hidden, options.intermediate)
-    num_slots = math.ceil(options.experts / options.ranks)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {
-            "CUTE_DSL_ARCH": options.arch,
-            "CUTE_DSL_KEEP": "ptx,cubin",
-            "CUTE_DSL_DUMP_DIR": folder,
-        }
-        result = call(
-            shape, num_slots=num_slots, top_k=options.top_k, num_tokens=options.tokens, arch=options.arch
+    def _kernel(self, name: str, seconds: float) -> Kernel:
+        """Of the files that the compiler has left, which go."""
+        ptx = cubin = b""
+        for file in self._folder.rglob("*.*"):
+            if file.suffix == ".ptx":
+                ptx += file.read_bytes()
+            elif file.suffix == ".cubin":
+                cubin += file.read_bytes()
+            file.unlink()
+        target = re.search(rb"\.target (\w+)", ptx)
+        return Kernel(
+            name,
+            round(seconds, 1),
+            target=target[1].decode() if target else "",
+            mma=ptx.count(MMA[self._mode].encode()),
+            registers=largest(cubin, _REGCOUNT),
+            stack=largest(cubin, _FRAME_SIZE),
         )
-        for ptx in Path(folder).rglob("*.ptx"):
-            result |= facts_of_ptx(ptx.read_text())
-        for cubin in Path(folder).rglob("*.cubin"):
-            result |= facts_of_cubin(cubin.read_bytes())
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # the module that could not be loaded keeps a thread of tvm-ffi busy
 
 
-if __name__ == "__main__":
-    main()
+def largest(cubin: bytes, code: int) -> int:
+    """Of an attribute of .nv.info, over a cubin's kernels.
+
+    An attribute is: format 4, a code, size 8, then the symbol and the value as 32-bit numbers.
+    """
+    found = re.finditer(rb"\x04" + re.escape(bytes([code])) + rb"\x08\x00....(....)", cubin, re.DOTALL)
+    return max((int.from_bytes(one[1], "little") for one in found if one[1][2:] == b"\0\0"), default=0)
+
+
+def in_fork(act: Callable[[], str]) -> str:
+    """What act returns, in a process that ends with it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(_DEADLINE_S)
+        os.write(writer, act().encode()[:4096])
+        os._exit(0)  # a module that could not be loaded keeps a thread of tvm-ffi busy
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        said = answer.read().decode()
+    _, status = os.waitpid(child, 0)
+    return said or f"ended with status {status}"

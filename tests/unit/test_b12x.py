@@ -16,6 +16,7 @@ from experts.backends import b12x_library as library
 from experts.backends.b12x import B12xBackend, bucket_of, token_buckets
 from experts.backends.b12x_weights import B12xWeights
 from experts.weights import MoEShape
+from tests.b12x_mistakes import MISTAKES
 from tests.b12x_on_cpu import Recorder, pretend_sm12x
 from tests.memory import peak_of_tensors
 from tests.unit.test_b12x_layout import random_expert
@@ -201,29 +202,6 @@ def test_foreign_ids_never_reach_the_kernel(recorder: Recorder, monkeypatch: pyt
         arg for arg in launch if isinstance(arg, Tensor) and arg.dtype == torch.int32 and arg.numel() == 12
     )
     assert ids.view(3, 4).tolist() == [[-1, 0, 3, -1], [-1, -1, -1, 1], [-1, -1, -1, -1]]
-
-
-MISTAKES = {
-    "float32 x": lambda c: c | {"x_TD": c["x_TD"].float()},
-    "float16 x": lambda c: c | {"x_TD": c["x_TD"].half()},
-    "strided x": lambda c: c | {"x_TD": c["x_TD"].t().contiguous().t()},
-    "misaligned x": lambda c: (
-        c | {"x_TD": torch.zeros(c["x_TD"].numel() + 1).bfloat16()[1:].view(c["x_TD"].shape)}
-    ),
-    "narrow x": lambda c: c | {"x_TD": c["x_TD"][:, :64].contiguous()},
-    "fewer rows of x": lambda c: c | {"x_TD": c["x_TD"][1:]},
-    "int64 ids": lambda c: c | {"local_TK": c["local_TK"].long()},
-    "strided ids": lambda c: c | {"local_TK": c["local_TK"].t().contiguous().t()},
-    "an id beyond the slots": lambda c: c | {"local_TK": c["local_TK"].clone().fill_(NUM_SLOTS)},
-    "bfloat16 weights": lambda c: c | {"w_TK": c["w_TK"].bfloat16()},
-    "fewer weights": lambda c: c | {"w_TK": c["w_TK"][:, 1:].contiguous()},
-    "float32 out": lambda c: c | {"out_TD": c["out_TD"].float()},
-    "short out": lambda c: c | {"out_TD": c["out_TD"][1:]},
-    "strided out": lambda c: c | {"out_TD": c["out_TD"].t().contiguous().t()},
-    "another top_k": lambda c: arguments(len(c["x_TD"]), top_k=4),
-    "top_k 33": lambda c: arguments(len(c["x_TD"]), top_k=33),
-    "no tokens": lambda _: arguments(0),
-}
 
 
 @pytest.mark.parametrize("num_tokens", [16, 200], ids=["static", "dynamic"])

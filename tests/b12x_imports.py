@@ -1,0 +1,29 @@
+"""What a process that compiles b12x kernels has done before it is forked, seconds' worth."""
+
+import contextlib
+import gc
+import os
+from pathlib import Path
+
+os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"  # is read when cutlass is imported
+
+import flashinfer.fused_moe.cute_dsl.b12x_moe
+import flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_dispatch
+import flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_w4a16_kernel  # noqa: F401
+import torch
+import tvm_ffi
+from cutlass.cutlass_dsl import CuTeDSL
+
+torch.set_num_threads(1)  # a fork has none of the others, and would wait for them
+gc.disable()
+
+with contextlib.suppress(TypeError):
+    tvm_ffi.get_global_func(
+        "ffi.ArrayGetItem"
+    )()  # a process's first complaint reads debug symbols for a second
+
+
+def compile_for(arch: str, folder: Path) -> None:
+    """From now on, and leave PTX and cubins in the folder."""
+    settings = CuTeDSL._get_dsl().envar
+    settings.arch, settings.dump_dir = arch, str(folder)
