@@ -206,7 +206,8 @@ class Compiler:
         import cutlass.cute as cute
 
         compiler = cute.compile[dsl_compile_options] if dsl_compile_options else cute.compile
-        return self._compile(compile_spec.kernel_id, lambda: compiler(kernel, *args))
+        name = f"{compile_spec.kernel_id}_{len(self.kernels)}"  # which has nothing of the shape
+        return self._compile(name, lambda: compiler(kernel, *args))
 
     def _compile(self, name: str, make: Callable[[], Any]) -> Callable[..., None]:
         started = time.monotonic()

@@ -1,8 +1,8 @@
 """The b12x kernels of real models, compiled without a GPU: python -m tests.bench.b12x_kernels [--arch sm_120a]
 
-For each that one of two shards needs, whatever the number of tokens: seconds to compile, registers per thread, bytes of
-stack (0: none spilled), tensor-core instructions (block-scaled FP4, or BF16 for W4A16), and whether it accepts what the
-backend passes ("-": W4A16's kernels look at their arguments on a GPU only). A few minutes.
+For each that one of two shards needs: the token buckets that it computes, seconds to compile, registers per thread, bytes
+of stack (an upper bound of what is spilled), tensor-core instructions (block-scaled FP4, or BF16 for W4A16), and whether
+it accepts what the backend passes ("-": W4A16's kernels look at their arguments on a GPU only). A few minutes.
 """
 
 import argparse
@@ -10,10 +10,10 @@ import itertools
 from typing import get_args
 
 from experts.backends.b12x import Mode
-from tests.b12x_contract import MODELS, Case, examine, pool
+from tests.b12x_contract import MODELS, Case, Findings, Kernel, examine, pool
 from tests.b12x_on_cpu import NUM_SMS
 
-HEAD = f"{'model':18}{'mode':7}{'kernel':22}{'target':9}{'seconds':>8}{'registers':>11}{'stack':>7}{'MMA':>6}  verdict"
+HEAD = f"{'model':18}{'kernel':18}{'tokens':>10}{'target':>9}{'seconds':>9}{'registers':>11}{'stack':>7}{'MMA':>6}  verdict"
 
 
 def main() -> None:
@@ -25,16 +25,18 @@ def main() -> None:
     with pool() as processes:
         for case, found in zip(cases, processes.map(examine, cases), strict=True):
             for kernel in found.kernels:
-                verdicts = {
-                    verdict
-                    for num_tokens, verdict in found.verdicts.items()
-                    if kernel.name in found.launches[num_tokens]
-                }
-                print(
-                    f"{case.model:18}{case.mode:7}{kernel.name.split('_')[0]:22}{kernel.target:9}{kernel.seconds:8.1f}"
-                    f"{kernel.registers:11}{kernel.stack:7}{kernel.mma:6}  {', '.join(sorted(verdicts)) or '-'}",
-                    flush=True,
-                )
+                print(line(case, found, kernel), flush=True)
+
+
+def line(case: Case, found: Findings, kernel: Kernel) -> str:
+    tokens = [size for size, launched in found.launches.items() if kernel.name in launched]
+    verdicts = sorted({found.verdicts[size] for size in tokens if size in found.verdicts})
+    name = kernel.name.removeprefix("moe.").rpartition("_")[0].split("_k")[0].split("_e")[0]
+    span = f"{tokens[0]}..{tokens[-1]}" if len(tokens) > 1 else str(tokens[0])
+    return (
+        f"{case.model:18}{name:18}{span:>10}{kernel.target:>9}{kernel.seconds:9.1f}{kernel.registers:11}"
+        f"{kernel.stack:7}{kernel.mma:6}  {', '.join(verdicts) or '-'}"
+    )
 
 
 if __name__ == "__main__":

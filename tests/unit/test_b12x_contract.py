@@ -81,7 +81,8 @@ def test_the_kernels_of_w4a16_compile(case: Case, pending: Pending) -> None:
     found = pending[case].result(DEADLINE_S)
     for num_tokens, launched in found.launches.items():
         sums_in_the_same_kernel = num_tokens <= TC_DECODE_TOKENS
-        assert launched == ((FUSED,) if sums_in_the_same_kernel else (FUSED, SUM)), num_tokens
+        expected = [FUSED] if sums_in_the_same_kernel else [FUSED, SUM]
+        assert [name.rpartition("_")[0] for name in launched] == expected, num_tokens
     check_kernels(found, case)
 
 
@@ -99,5 +100,7 @@ def check_kernels(found: Findings, case: Case) -> None:
     assert found.kernels
     for kernel in found.kernels:
         assert kernel.target == case.arch
-        assert kernel.mma > 0 or kernel.name == SUM, f"{kernel.name} has none of the tensor-core instructions"
+        assert kernel.mma > 0 or kernel.name.startswith(SUM), (
+            f"{kernel.name} has none of the tensor-core instructions"
+        )
         assert 0 < kernel.registers <= 255, kernel
