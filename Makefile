@@ -17,10 +17,11 @@ test: .venv/.dev ## unit and cluster tests
 test-all: test ## the whole matrices, too
 	$(BIN)/pytest -m "slow and not gpu"
 
+# pyright asks our Python where packages are: cutlass-dsl's .pth file runs code.
 check: .venv/.dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv

@@ -47,7 +47,7 @@ DYNAMIC_ACCEPTS = STATIC_ACCEPTS | {
 }
 """Of MISTAKES; it passes bare pointers. test_b12x.py shows that we refuse them all."""
 
-DEADLINE_S = 600
+DEADLINE_S = 240
 
 Pending = dict[Case, Future[Findings]]
 
