@@ -38,7 +38,7 @@ MMA = {
 }
 """The tensor-core instruction that a kernel is there for."""
 
-_REGCOUNT, _FRAME_SIZE = 0x2F, 0x11
+_REGCOUNT = b"\x2f"
 _DEADLINE_S = 60
 
 
@@ -65,7 +65,10 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What one shard does: of so many equal ones, rounded up. tokens: rows of the calls. mistakes: make those, too."""
+    """What one shard does: of so many equal ones, rounded up. tokens: rows of the calls.
+
+    mistakes: make those, too. sass: count spills.
+    """
 
     model: str
     ranks: int = 2
@@ -73,6 +76,7 @@ class Case:
     mode: Mode = "w4a4"
     arch: str = "sm_121a"
     mistakes: bool = False
+    sass: bool = False
 
     def __str__(self) -> str:
         return f"{self.model}-ep{self.ranks}-{self.mode}-{self.arch}-{self.tokens[0]}..{self.tokens[-1]}"
@@ -89,14 +93,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """mma: instructions of MMA. stack: bytes, of which spilled registers are a part, so 0 means that none spilled."""
+    """mma: instructions of MMA. spills: instructions that write or read local memory, None if nobody asked."""
 
     name: str
     seconds: float
     target: str
     mma: int
     registers: int
-    stack: int
+    spills: int | None
 
 
 @dataclass(frozen=True)
@@ -173,10 +177,10 @@ class Compiler:
         from tests.b12x_imports import compile_for
 
         self.kernels: list[Kernel] = []
-        self._mode, self._folder = case.mode, folder
+        self._case, self._folder = case, folder
         self._launched: list[str] = []
         self._really = False
-        compile_for(case.arch, folder)
+        compile_for(case.arch, folder, sass=case.sass)
         pretend_sm12x(setattr, arch=case.arch).build_and_load_cute_dsl_kernel = self._compile_w4a4
         if case.mode == "w4a16":
             pretend_w4a16(setattr, self._compile_w4a16, arch=case.arch)
@@ -223,30 +227,25 @@ class Compiler:
 
     def _kernel(self, name: str, seconds: float) -> Kernel:
         """Of the files that the compiler has left, which go."""
-        ptx = cubin = b""
+        left = {".ptx": b"", ".cubin": b"", ".sass": b""}
         for file in self._folder.rglob("*.*"):
-            if file.suffix == ".ptx":
-                ptx += file.read_bytes()
-            elif file.suffix == ".cubin":
-                cubin += file.read_bytes()
+            left[file.suffix] += file.read_bytes()
             file.unlink()
-        target = re.search(rb"\.target (\w+)", ptx)
+        assert left[".sass"] or not self._case.sass, "no SASS; is nvidia-cuda-nvdisasm installed?"
+        target = re.search(rb"\.target (\w+)", left[".ptx"])
         return Kernel(
             name,
             round(seconds, 1),
             target=target[1].decode() if target else "",
-            mma=ptx.count(MMA[self._mode].encode()),
-            registers=largest(cubin, _REGCOUNT),
-            stack=largest(cubin, _FRAME_SIZE),
+            mma=left[".ptx"].count(MMA[self._case.mode].encode()),
+            registers=registers_of(left[".cubin"]),
+            spills=len(re.findall(rb"\b(?:STL|LDL)\b", left[".sass"])) if self._case.sass else None,
         )
 
 
-def largest(cubin: bytes, code: int) -> int:
-    """Of an attribute of .nv.info, over a cubin's kernels.
-
-    An attribute is: format 4, a code, size 8, then the symbol and the value as 32-bit numbers.
-    """
-    found = re.finditer(rb"\x04" + re.escape(bytes([code])) + rb"\x08\x00....(....)", cubin, re.DOTALL)
+def registers_of(cubin: bytes) -> int:
+    """Of the largest kernel. An attribute of .nv.info is: format 4, a code, size 8, two 32-bit numbers: symbol, value."""
+    found = re.finditer(rb"\x04" + re.escape(_REGCOUNT) + rb"\x08\x00....(....)", cubin, re.DOTALL)
     return max((int.from_bytes(one[1], "little") for one in found if one[1][2:] == b"\0\0"), default=0)
 
 
@@ -256,8 +255,10 @@ def in_fork(act: Callable[[], str]) -> str:
     child = os.fork()
     if not child:
         signal.alarm(_DEADLINE_S)
-        os.write(writer, act().encode()[:4096])
-        os._exit(0)  # a module that could not be loaded keeps a thread of tvm-ffi busy
+        try:
+            os.write(writer, act().encode()[:4096])
+        finally:
+            os._exit(0)  # a module that could not be loaded keeps a thread of tvm-ffi busy
     os.close(writer)
     with os.fdopen(reader, "rb") as answer:
         said = answer.read().decode()

@@ -23,7 +23,7 @@ with contextlib.suppress(TypeError):
     )()  # a process's first complaint reads debug symbols for a second
 
 
-def compile_for(arch: str, folder: Path) -> None:
-    """From now on, and leave PTX and cubins in the folder."""
+def compile_for(arch: str, folder: Path, *, sass: bool) -> None:
+    """From now on, and leave PTX, cubins and, which takes half a second each, SASS in the folder."""
     settings = CuTeDSL._get_dsl().envar
-    settings.arch, settings.dump_dir = arch, str(folder)
+    settings.arch, settings.dump_dir, settings.keep_sass = arch, str(folder), sass

@@ -1,8 +1,8 @@
 """The b12x kernels of real models, compiled without a GPU: python -m tests.bench.b12x_kernels [--arch sm_120a]
 
-For each that one of two shards needs: the token buckets that it computes, seconds to compile, registers per thread, bytes
-of stack (an upper bound of what is spilled), tensor-core instructions (block-scaled FP4, or BF16 for W4A16), and whether
-it accepts what the backend passes ("-": W4A16's kernels look at their arguments on a GPU only). A few minutes.
+For each that one of two shards needs: the token buckets that it computes, seconds to compile, registers per thread,
+spills (instructions that write or read local memory), tensor-core instructions (block-scaled FP4, or BF16 for W4A16),
+and whether it accepts what the backend passes ("-": W4A16's kernels look at their arguments on a GPU only). Minutes.
 """
 
 import argparse
@@ -13,14 +13,17 @@ from experts.backends.b12x import Mode
 from tests.b12x_contract import MODELS, Case, Findings, Kernel, examine, pool
 from tests.b12x_on_cpu import NUM_SMS
 
-HEAD = f"{'model':18}{'kernel':18}{'tokens':>10}{'target':>9}{'seconds':>9}{'registers':>11}{'stack':>7}{'MMA':>6}  verdict"
+HEAD = f"{'model':18}{'kernel':18}{'tokens':>10}{'target':>9}{'seconds':>9}{'registers':>11}{'spills':>8}{'MMA':>6}  verdict"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", choices=NUM_SMS, default="sm_121a")
     arch = parser.parse_args().arch
-    cases = [Case(model, mode=mode, arch=arch) for model, mode in itertools.product(MODELS, get_args(Mode))]
+    cases = [
+        Case(model, mode=mode, arch=arch, sass=True)
+        for model, mode in itertools.product(MODELS, get_args(Mode))
+    ]
     print(HEAD)
     with pool() as processes:
         for case, found in zip(cases, processes.map(examine, cases), strict=True):
@@ -35,7 +38,7 @@ def line(case: Case, found: Findings, kernel: Kernel) -> str:
     span = f"{tokens[0]}..{tokens[-1]}" if len(tokens) > 1 else str(tokens[0])
     return (
         f"{case.model:18}{name:18}{span:>10}{kernel.target:>9}{kernel.seconds:9.1f}{kernel.registers:11}"
-        f"{kernel.stack:7}{kernel.mma:6}  {', '.join(verdicts) or '-'}"
+        f"{kernel.spills:8}{kernel.mma:6}  {', '.join(verdicts) or '-'}"
     )
 
 
