@@ -85,7 +85,7 @@ def _local(
                 backend=experts.backend,
                 dtype=dtype,
                 device=device,
-                settings=KernelSettings(scales=experts.scales, micro=experts.micro),
+                settings=KernelSettings.of(experts),
                 progress=True,
             )
             for rank in range(experts.shards)

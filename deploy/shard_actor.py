@@ -59,7 +59,7 @@ class ShardActor:
                 backend=experts.backend,
                 dtype=resolve_dtype(spec.dtype, device=device),
                 device=device,
-                settings=KernelSettings(scales=experts.scales, micro=experts.micro),
+                settings=KernelSettings.of(experts),
                 progress=True,
             )
         host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from experts.backends import BACKENDS, DEFAULTS, ExpertBackend
 from experts.backends.b12x_library import VERSIONS, complaint, is_sm12x, machine_of
@@ -22,6 +21,7 @@ from experts.backends.b12x_numerics import is_static
 from experts.device import resolve_dtype
 from experts.nvfp4 import dequantize, quantize, scale_2_of
 from experts.placement import EMPTY
+from experts.shard import show
 from experts.weights import ExpertWeights, MoEShape
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03}
@@ -93,13 +93,12 @@ def selftest(device: torch.device, *, echo: Callable[[str], None]) -> bool:
                 echo(_line(name, layer, result))
     good = passed(device, reason, results)
     failed = sum(bool(result.trouble) for result in results)
-    echo(
-        f"all {len(results)} calls are right"
-        if good
-        else f"{failed} of {len(results)} calls failed: please report all of this"
-        if failed
-        else "b12x cannot run on this GPU yet, see above"
-    )
+    if failed:
+        echo(f"{failed} of {len(results)} calls failed: please report all of this")
+    elif not good:
+        echo("b12x cannot run on this GPU yet, see above")
+    else:
+        echo(f"all {len(results)} calls are right")
     return good
 
 
@@ -212,10 +211,7 @@ def results_of(
     try:
         backend = _filled(name, layer, experts, dtype, device)
         emulation = _filled("b12x-emulated", layer, experts, dtype, device) if name == "b12x" else None
-        with tqdm(desc=f"{name}, {layer.name}: kernels", delay=1.0, leave=False) as bar:
-            for done, total, _ in backend.warm(top_k=layer.top_k):
-                bar.total = total
-                bar.update(done - bar.n)
+        show(backend.warm(top_k=layer.top_k), desc=f"{name}, {layer.name}: kernels", delay=1.0, leave=False)
     except Exception as error:  # noqa: BLE001 whatever a library raises, the other backends are tested
         yield _failure("set up", error)
         return

@@ -1,14 +1,14 @@
 """ExpertShard: the local experts of one EP rank. Stateless between calls, never imports transformers."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
+from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, Progress, resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.placement import EMPTY, ExpertPlacement
 from experts.weights import ExpertWeights, MoEShape
@@ -67,11 +67,13 @@ class ExpertShard:
 
     def warm(self, *, top_k: int, progress: bool) -> None:
         """Compile and set up what forwards need, so that no request waits for it: see ExpertBackend."""
-        with tqdm(desc=f"shard {self.rank}: kernels", disable=not progress, unit="kernel", **_CALM) as bar:
-            for done, total, what in self._backend.warm(top_k=top_k):
-                bar.total = total
-                bar.set_postfix_str(what, refresh=False)
-                bar.update(done - bar.n)
+        show(
+            self._backend.warm(top_k=top_k),
+            desc=f"shard {self.rank}: kernels",
+            disable=not progress,
+            unit="kernel",
+            **_CALM,
+        )
 
     def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         """Partial sums of this rank's experts; rows without one are zero.
@@ -111,6 +113,15 @@ def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, 
         for slot, expert in enumerate(row):
             if expert != EMPTY:
                 yield layer, slot, expert
+
+
+def show(work: Iterable[Progress], **bar_options: Any) -> None:
+    """Do the work, with a bar. bar_options: tqdm's."""
+    with tqdm(**bar_options) as bar:
+        for done, total, what in work:
+            bar.total = total
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(done - bar.n)
 
 
 def load_shard(

@@ -1,12 +1,29 @@
-"""What must never reach a b12x kernel. T tokens, D hidden, K top-k."""
+"""Calls of backend b12x: what may reach a kernel, and what must never. T tokens, D hidden, K top-k."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from experts.backends.b12x import B12xBackend
+
 Arguments = dict[str, Tensor]
 """Of ExpertBackend.forward: x_TD, local_TK, w_TK, out_TD."""
+
+
+def arguments_of(num_tokens: int, *, hidden: int, top_k: int, num_slots: int) -> Arguments:
+    """Every expert in turn, and now and then none."""
+    ids_TK = torch.arange(num_tokens * top_k, dtype=torch.int32).view(num_tokens, top_k)
+    return {
+        "x_TD": torch.zeros(num_tokens, hidden, dtype=torch.bfloat16),
+        "local_TK": ids_TK % (num_slots + 1) - 1,
+        "w_TK": torch.ones(num_tokens, top_k),
+        "out_TD": torch.zeros(num_tokens, hidden, dtype=torch.bfloat16),
+    }
+
+
+def forward(backend: B12xBackend, layer: int, call: Arguments) -> None:
+    backend.forward(layer, call["x_TD"], call["local_TK"], call["w_TK"], out_TD=call["out_TD"])
 
 
 def strided(tensor: Tensor) -> Tensor:

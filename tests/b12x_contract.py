@@ -26,7 +26,7 @@ from torch import Tensor
 
 from experts.backends.b12x import MAX_TOKENS, B12xBackend, Mode, token_buckets
 from experts.weights import MoEShape
-from tests.b12x_mistakes import MISTAKES, Arguments
+from tests.b12x_calls import MISTAKES, Arguments, arguments_of, forward
 from tests.b12x_on_cpu import pretend_sm12x, pretend_w4a16
 from tests.b12x_tensors import as_cuda
 
@@ -126,9 +126,10 @@ def examine(case: Case) -> Findings:
         compiler = Compiler(case, Path(folder))
         backend = backend_of(case)
         found = Findings(compiler.kernels, {}, {}, {})
+        top_k = MODELS[case.model].top_k
         for num_tokens in case.tokens:
-            right = arguments_of(case, num_tokens)
-            call = partial(forward, backend, right)
+            right = arguments_of(num_tokens, hidden=case.shape.hidden, top_k=top_k, num_slots=case.num_slots)
+            call = partial(forward, backend, case.shape.moe_layers[0], right)
             call()
             found.launches[num_tokens] = compiler.launched()
             if case.mode == "w4a4":
@@ -150,24 +151,6 @@ def verdicts_on_mistakes(compiler: "Compiler", backend: B12xBackend, right: Argu
 
 def backend_of(case: Case) -> B12xBackend:
     return B12xBackend(case.shape, case.num_slots, torch.bfloat16, torch.device("cpu"), mode=case.mode)
-
-
-def arguments_of(case: Case, num_tokens: int) -> Arguments:
-    top_k = MODELS[case.model].top_k
-    ids_TK = torch.arange(num_tokens * top_k, dtype=torch.int32).view(num_tokens, top_k)
-    x_TD = torch.zeros(num_tokens, case.shape.hidden, dtype=torch.bfloat16)
-    return {
-        "x_TD": x_TD,
-        "local_TK": ids_TK % case.num_slots,
-        "w_TK": torch.zeros(num_tokens, top_k),
-        "out_TD": torch.empty_like(x_TD),
-    }
-
-
-def forward(backend: B12xBackend, arguments: Arguments) -> None:
-    backend.forward(
-        0, arguments["x_TD"], arguments["local_TK"], arguments["w_TK"], out_TD=arguments["out_TD"]
-    )
 
 
 class Compiler:

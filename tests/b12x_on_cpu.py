@@ -1,7 +1,8 @@
 """FlashInfer's b12x host code on a machine without a GPU.
 
-pretend_sm12x() makes the library believe in one, pretend_w4a16() its kernels for bfloat16 activations, too. The kernels are replaced, either by a recorder of what would be
-launched, or (tests/b12x_contract.py) by the real compiled kernels up to the point where they need a driver.
+pretend_sm12x() makes the library believe in one, pretend_w4a16() its kernels for bfloat16 activations, too. The kernels
+are replaced, either by a recorder of what would be launched, or (tests/b12x_contract.py) by the real compiled kernels up
+to the point where they need a driver.
 """
 
 import os
@@ -47,7 +48,9 @@ def pretend_sm12x(patch: Patch, *, arch: str = "sm_121a") -> Any:
 
 
 def pretend_w4a16(patch: Patch, compile_kernel: Callable[..., Any], *, arch: str) -> None:
-    """After pretend_sm12x(). compile_kernel: in the place of cute.compile. Triton kernels, which sort the routes, do nothing."""
+    """After pretend_sm12x(). compile_kernel: in the place of cute.compile. Triton's kernels, which sort the routes, do
+    nothing.
+    """
     import torch
     from cuda.bindings.driver import CUdevice_attribute, CUstream
     from cutlass.base_dsl.runtime import cuda

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experts.backends.b12x_layout import Scales
+from experts.config import ExpertsConfig
 from experts.weights import ExpertWeights, MoEShape
 
 
@@ -20,6 +21,10 @@ class KernelSettings:
 
     scales: Scales = "exact"
     micro: bool = False
+
+    @classmethod
+    def of(cls, experts: ExpertsConfig) -> "KernelSettings":
+        return cls(scales=experts.scales, micro=experts.micro)
 
 
 DEFAULTS = KernelSettings()

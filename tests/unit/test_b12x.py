@@ -16,7 +16,7 @@ from experts.backends import b12x_library as library
 from experts.backends.b12x import B12xBackend, bucket_of, token_buckets
 from experts.backends.b12x_weights import B12xWeights
 from experts.weights import MoEShape
-from tests.b12x_mistakes import MISTAKES
+from tests.b12x_calls import MISTAKES, Arguments, arguments_of, forward
 from tests.b12x_on_cpu import Recorder, pretend_sm12x
 from tests.memory import peak_of_tensors
 from tests.unit.test_b12x_layout import random_expert
@@ -50,17 +50,8 @@ def make(**settings: Any) -> B12xBackend:
     return made
 
 
-def arguments(num_tokens: int, *, top_k: int = TOP_K) -> dict[str, Tensor]:
-    return {
-        "x_TD": torch.zeros(num_tokens, SHAPE.hidden, dtype=torch.bfloat16),
-        "local_TK": torch.arange(num_tokens * top_k, dtype=torch.int32).view(num_tokens, top_k) % 5 - 1,
-        "w_TK": torch.ones(num_tokens, top_k),
-        "out_TD": torch.zeros(num_tokens, SHAPE.hidden, dtype=torch.bfloat16),
-    }
-
-
-def forward(backend: B12xBackend, layer: int, case: dict[str, Tensor]) -> None:
-    backend.forward(layer, case["x_TD"], case["local_TK"], case["w_TK"], out_TD=case["out_TD"])
+def arguments(num_tokens: int, *, top_k: int = TOP_K) -> Arguments:
+    return arguments_of(num_tokens, hidden=SHAPE.hidden, top_k=top_k, num_slots=NUM_SLOTS)
 
 
 class CountOperations(TorchDispatchMode):

@@ -3,6 +3,7 @@
 T tokens, D hidden, K top-k, E logical experts, P physical slots.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -39,9 +40,18 @@ def weights(expert: int) -> ExpertWeights:
     return ExpertWeights(gate, up, down, input_scale=None, down_input_scale=None)
 
 
-def make_shard(placement: ExpertPlacement, rank: int, backend: str, dtype: torch.dtype) -> ExpertShard:
+def make_shard(
+    placement: ExpertPlacement,
+    rank: int,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    shape: MoEShape = SHAPE,
+    expert_of: Callable[[int], ExpertWeights] = weights,
+) -> ExpertShard:
+    """expert_of: the weights of a logical expert, the same in every layer."""
     shard = ExpertShard(
-        SHAPE,
+        shape,
         rank=rank,
         slots_per_rank=placement.slots_per_rank,
         backend=backend,
@@ -49,7 +59,7 @@ def make_shard(placement: ExpertPlacement, rank: int, backend: str, dtype: torch
         device=CPU,
     )
     for layer, slot, expert in slots_of(placement, rank):
-        shard.write_slot(layer, slot, weights(expert))
+        shard.write_slot(layer, slot, expert_of(expert))
     return shard
 
 

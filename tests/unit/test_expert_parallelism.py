@@ -5,7 +5,7 @@ K top-k, P physical slots.
 """
 
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from experts.placement import EMPTY, ExpertPlacement
-from experts.shard import ExpertShard, slots_of
 from tests.unit.test_b12x_layout import moe_shape, random_expert
+from tests.unit.test_backends import make_shard
 
-CPU, LAYER = torch.device("cpu"), 0
-HIDDEN, INTERMEDIATE, NUM_EXPERTS = 128, 64, 7
+LAYER, NUM_EXPERTS = 0, 7
+SHAPE = moe_shape(128, 64)
 BACKENDS = ["cpu", "torch", "reference", "b12x-emulated"]
 
 LIMIT = 2**-7
@@ -60,22 +60,15 @@ def in_turns(logical_TK: Tensor, placement: ExpertPlacement) -> Tensor:
 def sum_of_shards(backend: str, shares: list[list[int]], logical_TK: Tensor) -> Tensor:
     """float32, of outputs that were full of NaN before."""
     generator = torch.Generator().manual_seed(1)
-    x_TD = torch.randn(len(logical_TK), HIDDEN, generator=generator).bfloat16()
+    x_TD = torch.randn(len(logical_TK), SHAPE.hidden, generator=generator).bfloat16()
     w_TK = torch.rand(logical_TK.shape, generator=generator)
     placement = placement_of(shares)
     phys_TK = in_turns(logical_TK, placement)
     total_TD = torch.zeros(x_TD.shape)
     for rank in range(len(shares)):
-        shard = ExpertShard(
-            moe_shape(HIDDEN, INTERMEDIATE),
-            rank=rank,
-            slots_per_rank=placement.slots_per_rank,
-            backend=backend,
-            dtype=torch.bfloat16,
-            device=CPU,
+        shard = make_shard(
+            placement, rank, backend, torch.bfloat16, shape=SHAPE, expert_of=partial(random_expert, SHAPE)
         )
-        for layer, slot, expert in slots_of(placement, rank):
-            shard.write_slot(layer, slot, random_expert(moe_shape(HIDDEN, INTERMEDIATE), expert))
         out_TD = torch.full_like(x_TD, torch.nan)
         shard.forward(LAYER, x_TD, phys_TK, w_TK, out_TD=out_TD)
         total_TD += out_TD.float()
