@@ -9,9 +9,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deploy import logs
+from deploy.api.ingress import Served, build_ingress
 from deploy.client import HandleClient
 from deploy.config import AppArgs
-from deploy.ingress import Served, build_ingress
 from deploy.replica import RouterReplica
 from router.model_config import check_family, read_config, shape_of
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.engine_client import Limits, Readiness, RouterLost
+from deploy.api.engine_client import Limits, Readiness, RouterLost
 from deploy.spec import Refusal
 from router.request import QueueFull, Request, RequestOutput
 

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from ray import serve
 
 from deploy import logs
+from deploy.api.engine_client import Limits
 from deploy.config import AppArgs, RouterUserConfig
-from deploy.engine_client import Limits
 from deploy.fleet_link import FleetLink
 from deploy.metrics import RouterMetrics
 from deploy.outboxes import Outboxes

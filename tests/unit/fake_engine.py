@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from deploy.engine_client import EngineClient, Limits, Readiness, RouterLost
-from deploy.ingress import Served, build_ingress
+from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
+from deploy.api.ingress import Served, build_ingress
 from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
 LIMITS = Limits(max_model_len=64, max_requests=48)

@@ -10,8 +10,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RayServeException
 
 from deploy import client as client_module
+from deploy.api.engine_client import Limits, Readiness, RouterLost
 from deploy.client import HandleClient
-from deploy.engine_client import Limits, Readiness, RouterLost
 from deploy.spec import Refusal
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 

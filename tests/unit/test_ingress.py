@@ -7,9 +7,9 @@ from itertools import groupby
 import httpx
 import pytest
 
-from deploy import asgi
-from deploy.engine_client import Limits, QueueFull, Readiness, RouterLost
-from deploy.ingress import MAX_BODY_BYTES
+from deploy.api import asgi
+from deploy.api.engine_client import Limits, QueueFull, Readiness, RouterLost
+from deploy.api.ingress import MAX_BODY_BYTES
 from tests.unit.fake_engine import (
     CHAT,
     COMPLETIONS,

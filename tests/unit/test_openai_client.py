@@ -7,8 +7,8 @@ from typing import Any
 import openai
 import pytest
 
-from deploy import asgi
-from deploy.engine_client import QueueFull, RouterLost
+from deploy.api import asgi
+from deploy.api.engine_client import QueueFull, RouterLost
 from router.request import Request, RequestOutput, TokenLogprob
 from tests.unit.fake_engine import FakeEngine, Step, http_client, ingress_over, says
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from deploy import engine_room, outboxes, replica
+from deploy.api.engine_client import Limits
 from deploy.config import AppArgs, ExpertsConfig
-from deploy.engine_client import Limits
 from deploy.replica import RouterReplica
 from deploy.spec import FleetOverview, ShardStats
 from experts.fabric import PeerLost

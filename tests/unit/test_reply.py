@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.reply import Reply
-from deploy.responses import CompletionShape
+from deploy.api.reply import Reply
+from deploy.api.responses import CompletionShape
 from router.request import RequestOutput, TokenLogprob
 from tests.unit.fake_engine import ByteTokenizer
 

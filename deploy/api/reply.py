@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deploy.responses import Choice, Completion, Piece, Shape, Usage
+from deploy.api.responses import Choice, Completion, Piece, Shape, Usage
 from router.request import FinishReason, RequestOutput, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"

@@ -11,7 +11,7 @@ from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.errors import INTERNAL_ERROR, ApiError
+from deploy.api.errors import INTERNAL_ERROR, ApiError
 
 logger = logging.getLogger(__name__)
 

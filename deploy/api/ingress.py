@@ -15,12 +15,12 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from deploy.asgi import EventStream, RequestGuard, request_id
-from deploy.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
-from deploy.errors import INTERNAL_ERROR, ApiError, answer_api_error, answer_http_error, invalid_body
-from deploy.openai_types import ChatCompletionRequest, CompletionRequest, ignored_fields
-from deploy.reply import Reply, server_sent, to_json
-from deploy.responses import ChatShape, CompletionShape, Shape, Vocabulary
+from deploy.api.asgi import EventStream, RequestGuard, request_id
+from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
+from deploy.api.errors import INTERNAL_ERROR, ApiError, answer_api_error, answer_http_error, invalid_body
+from deploy.api.reply import Reply, server_sent, to_json
+from deploy.api.requests import ChatCompletionRequest, CompletionRequest, ignored_fields
+from deploy.api.responses import ChatShape, CompletionShape, Shape, Vocabulary
 from router.request import Request, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)

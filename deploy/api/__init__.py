@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint over any engine: knows HTTP, and no Ray."""
