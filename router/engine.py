@@ -37,7 +37,11 @@ LINK_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """A snapshot for health checks and people. idle_s: since the last step ended, None before the first."""
+    """A snapshot for health checks, people and metrics. idle_s: since the last step ended, None before the first.
+
+    Since the start: num_preempted, requests put back to be computed again; num_looked_up, tokens of prompts that
+    were looked up in the prefix cache, of which num_cached were found.
+    """
 
     epoch: int
     linked: bool
@@ -47,6 +51,9 @@ class EngineStatus:
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
+    num_preempted: int = 0
+    num_looked_up: int = 0
+    num_cached: int = 0
 
 
 class Engine:
@@ -218,7 +225,7 @@ class Engine:
         for part in plan.parts:
             begin, end = end, end + part.num_kept
             part.running.num_computed += part.chunk.count
-            if part.running.request.params.prompt_logprobs:
+            if part.running.request.params.prompt_logprobs is not None:
                 score_prompt(part, logits_NV[begin:end])
             if part.samples:
                 sampled.append(part.running)

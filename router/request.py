@@ -3,20 +3,24 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens. Names and defaults are vLLM's; temperature 0 is greedy.
 
-    max_tokens: None stops only at the context's end. stop: strings that end the text and are not part of it.
+    max_tokens: None stops only at the context's end; 0, with prompt_logprobs, only scores the prompt.
+    min_tokens: so many come before an end token or a stop string may end the text.
+    stop: strings that end the text and are not part of it.
     stop_token_ids: besides the model's own end-of-sequence tokens, which ignore_eos leaves out.
+    logit_bias: (token id, what is added to its logit). grammar: the text must be of it, see router.grammar.
     top_k: 0 keeps all. seed: None draws one. logprobs: that many alternatives beside the chosen token's
-    (0: only the chosen one's), None for none. prompt_logprobs: also score every token of the prompt.
+    (0: only the chosen one's), None for none. prompt_logprobs: the same for every token of the prompt.
     """
 
     max_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -28,12 +32,24 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str | None = None
     logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, for what a user gave us."""
-        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        least = 1 if self.prompt_logprobs is None else 0
+        _check(
+            "max_tokens",
+            self.max_tokens,
+            self.max_tokens is None or self.max_tokens >= least,
+            f"at least {least}",
+        )
+        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
+        if self.max_tokens is not None:
+            most = f"at most max_tokens={self.max_tokens}"
+            _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, most)
         _check("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all)")
@@ -42,9 +58,10 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "between -2 and 2")
-        _check(
-            "logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"
-        )
+        biases = [bias for _, bias in self.logit_bias]
+        _check("logit_bias", biases, all(-100 <= bias <= 100 for bias in biases), "between -100 and 100")
+        for name in ("logprobs", "prompt_logprobs"):
+            _check(name, getattr(self, name), 0 <= (getattr(self, name) or 0) <= 20, "between 0 and 20")
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
 
 
@@ -63,11 +80,17 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. id is unique among the requests of an engine's life."""
+    """One prompt to continue. id is unique among the requests of an engine's life.
+
+    priority: lower ones are served first (vLLM's sense). timeout_s: from its arrival at the engine; then it ends, with
+    the text that there is.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,9 @@ class RequestOutput:
     """What one step added to a request. The parts of all outputs of a request, joined, are its answer.
 
     text: whole characters only; it may lag behind the tokens. finish: set in a request's last output.
-    error: a sentence, when finish is "error". prompt_logprobs: in the first output, if asked for.
+    stop_reason: the stop string or the token of stop_token_ids that ended it. error: a sentence, when finish is
+    "error". In the first output stand prompt_logprobs, of all tokens but the first, if they were asked for, and
+    num_cached, the tokens of the prompt whose keys and values were found in the prefix cache.
     """
 
     id: str
@@ -95,5 +120,7 @@ class RequestOutput:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    num_cached: int = 0
     finish: FinishReason | None = None
+    stop_reason: str | int | None = None
     error: str | None = None

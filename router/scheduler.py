@@ -43,7 +43,7 @@ class PlannedChunk:
     def num_kept(self) -> int:
         """How many of its rows, at its end, need logits."""
         prompt_rows = len(self.running.request.prompt) - self.chunk.start
-        if self.running.request.params.prompt_logprobs and prompt_rows > 0:
+        if self.running.request.params.prompt_logprobs is not None and prompt_rows > 0:
             return self.chunk.count
         return int(self.samples)
 

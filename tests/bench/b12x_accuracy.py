@@ -78,7 +78,7 @@ def errors_of_layer(hidden: int, intermediate: int, std: float) -> dict[str, flo
 
 def score(backend: str, windows: list[list[int]]) -> Tensor:
     """float64 [windows, tokens]: log-probabilities by our engine in float32, two shards."""
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
     with in_process(
         DEMO, num_shards=2, backend=backend, config=RouterConfig(max_queue=len(windows))

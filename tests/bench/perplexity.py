@@ -45,7 +45,7 @@ def windows_of(path: Path, text: Path) -> list[list[int]]:
 
 def score_by_engine(path: Path, windows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
     """float64 [windows, WINDOW - 1]: the log-probability of every token but the first. dtype: of trunk and wire."""
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
     config = RouterConfig(max_queue=len(windows))
     with in_process(path, num_shards=NUM_SHARDS, dtype=dtype, config=config) as server:
@@ -76,7 +76,7 @@ def logits_of_engine(
         kept.append(forward(*args, **kwargs))
         return kept[-1]
 
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     with (
         patch.object(Trunk, "forward", keep),
         in_process(path, num_shards=NUM_SHARDS, dtype=dtype, device=device) as server,

@@ -164,7 +164,7 @@ def test_requests_fail_when_the_shards_stay_away(model: Path) -> None:
 
 def test_a_prompt_is_scored_once_although_it_was_preempted(model: Path) -> None:
     """Its tokens are those of an undisturbed run, and so is every score."""
-    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=0)
     requests = [Request(str(n), tuple(prompt), params) for n, prompt in enumerate(PROMPTS)]
     with in_process(model, num_shards=2) as server:
         roomy = server.run(requests)

@@ -42,7 +42,7 @@ def clients(draw: st.DrawFn) -> Client:
 
 
 def request(name: str, prompt: int, *, scored: bool = False) -> RunningRequest:
-    params = SamplingParams(prompt_logprobs=scored)
+    params = SamplingParams(prompt_logprobs=0 if scored else None)
     return RunningRequest(Request(name, tuple(range(prompt)), params), NO_ANSWER, seed=0)
 
 
