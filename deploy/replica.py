@@ -109,10 +109,13 @@ class RouterReplica:
     async def submit(self, ingress: str, request: Request) -> Refusal | None:
         """None if the request is queued."""
         assert self._engine is not None
-        if ingress not in self._outboxes:  # it attached to a router before this one
-            return Refusal("lost", "the router was replaced, or did not hear from this ingress")
+        prepare = self._engine.prepare
+        apart = request.params.grammar is not None  # it may take a second, in which others' tokens go on
         try:
-            self._engine.submit(request)
+            prepared = await asyncio.to_thread(prepare, request) if apart else prepare(request)
+            if ingress not in self._outboxes:  # it attached to a router before this one
+                return Refusal("lost", "the router was replaced, or did not hear from this ingress")
+            self._engine.submit(prepared)
         except QueueFull as error:
             return Refusal("full", "the queue is full", retry_after_s=error.retry_after_s)
         except ValueError as error:
@@ -265,7 +268,7 @@ class RouterReplica:
         request = Request(f"probe-{time.monotonic_ns()}", (0,), SamplingParams(max_tokens=1, temperature=0))
         answer = self._probes[request.id] = asyncio.get_running_loop().create_future()
         try:
-            self._engine.submit(request)
+            self._engine.submit(self._engine.prepare(request))
             output = await asyncio.wait_for(answer, PROBE_S)
         except QueueFull:
             return "the queue is full"

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from experts.config import Config
 
@@ -26,7 +26,7 @@ class RouterConfig(Config):
     """Requests that may wait; one more is refused (HTTP 429)."""
 
     max_batch_tokens: int = Field(default=2048, ge=1)
-    """Most tokens of one step; a longer prompt is computed in parts."""
+    """Most tokens of one step; a longer prompt is computed in parts. At least one for each of max_requests."""
 
     stall_limit_s: float = Field(default=900.0, gt=0)
     """How long requests wait for lost shards before they fail (HTTP 503)."""
@@ -38,3 +38,12 @@ class RouterConfig(Config):
     """CPU threads of the trunk; None leaves it to torch, which takes every core."""
 
     kv_cache: KVCacheConfig = KVCacheConfig()
+
+    @model_validator(mode="after")
+    def _every_request_goes_on(self) -> "RouterConfig":
+        if self.max_batch_tokens < self.max_requests:
+            raise ValueError(
+                f"max_batch_tokens={self.max_batch_tokens} is less than max_requests={self.max_requests}: "
+                "each step must have a token for every request that runs"
+            )
+        return self

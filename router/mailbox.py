@@ -5,14 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experts.fabric import Membership
-from router.request import Request
+from router.running import RunningRequest
 
 
 @dataclass(frozen=True)
 class Mail:
     """Taken in one go: requests to start, ids to forget, the newest membership to enter."""
 
-    submitted: tuple[Request, ...] = ()
+    submitted: tuple[RunningRequest, ...] = ()
     cancelled: tuple[str, ...] = ()
     members: Membership | None = None
 
@@ -22,7 +22,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._submitted: list[Request] = []
+        self._submitted: list[RunningRequest] = []
         self._cancelled: list[str] = []
         self._members: Membership | None = None
         self._closed = False
@@ -35,7 +35,7 @@ class Mailbox:
     def closed(self) -> bool:
         return self._closed
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: RunningRequest) -> None:
         with self._changed:
             self._submitted.append(request)
             self._changed.notify()

@@ -2,7 +2,8 @@
 
 import logging
 
-from router.scheduler import RunningRequest, StepPlan
+from router.running import RunningRequest
+from router.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """From logits to tokens. Pure: a token depends on its row's logits, parameters, history and seed, and on nothing else.
 
-N rows (one per sampled request), R of them drawn at random, V vocabulary. Names, order and meaning are vLLM's (V1):
-penalties, then temperature, then min_p, top_k, top_p. Log-probabilities are of the logits before all of these.
+N rows (one per sampled request), R of them that some rule applies to, V vocabulary. Names, order and meaning are vLLM's
+(V1): bias and bans, penalties, temperature, min_p, top_k, top_p. Log-probabilities are of the logits before all of these.
 """
 
 import hashlib
@@ -23,13 +23,16 @@ class SamplingRow:
     """What the sampler must know of one request, besides its logits.
 
     seed: params.seed or, where that is None, the one that the request drew; it stays for the request's life.
-    output: the tokens generated so far. Their number is the position that, with the seed, keys the noise.
+    tokens: num_prompt of the prompt, then those generated so far, whose number with the seed keys the noise.
+    banned: tokens that may not come. allowed: those that may, in bits, as Guide.allowed has them; None: all.
     """
 
     params: SamplingParams
     seed: int
-    prompt: Sequence[int]
-    output: Sequence[int]
+    tokens: Sequence[int]
+    num_prompt: int
+    banned: frozenset[int] = frozenset()
+    allowed: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def sample(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     """
     assert len(logits_NV) == len(rows), (logits_NV.shape, len(rows))
     peak_N, token_N = logits_NV.max(dim=-1)  # NaN wins; the lowest id wins a tie
-    if not all(_is_greedy(row.params) and not _has_penalty(row.params) for row in rows):
+    if not all(_is_argmax(row) for row in rows):
         token_N = _choose(logits_NV.float(), rows)
     columns = [token_N[:, None], peak_N[:, None]]
     num_top = max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
@@ -68,12 +71,13 @@ def sample(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     return [_sampled(row.params, values) for row, values in zip(rows, table, strict=True)]
 
 
-def prompt_logprobs(logits_TV: Tensor, next_tokens_T: Tensor) -> Tensor:
-    """float32 [T]: the natural logarithm of the probability that row t gives next_tokens_T[t] (int64).
-
-    Stays on the device. A row with a NaN logit gives NaN.
-    """
-    return _logprob_of(logits_TV.float(), next_tokens_T[:, None]).squeeze(1)
+def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], *, num_top: int) -> list[TokenLogprob]:
+    """How likely row t gives next_tokens[t], beside its num_top likeliest tokens. A row with a NaN logit gives NaN."""
+    token_T = _tensor(next_tokens, logits_TV)
+    table = torch.cat(
+        [column.double() for column in _logprobs(logits_TV.float(), token_T, num_top=num_top)], dim=1
+    )
+    return [_logprob(token, values) for token, values in zip(next_tokens, table.tolist(), strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -86,12 +90,25 @@ def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature < GREEDY_BELOW
 
 
+def _is_argmax(row: SamplingRow) -> bool:
+    """Whether its token is simply that of the largest logit."""
+    return _is_greedy(row.params) and not _has_penalty(row.params) and not _has_rules(row)
+
+
+def _has_rules(row: SamplingRow) -> bool:
+    return bool(row.params.logit_bias or row.banned) or row.allowed is not None
+
+
 def _has_penalty(params: SamplingParams) -> bool:
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
 
 
 def _choose(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """int64 [N]. logits_NV: float32."""
+    ruled = [n for n, row in enumerate(rows) if _has_rules(row)]
+    if ruled:
+        index = _tensor(ruled, logits_NV)
+        logits_NV = logits_NV.index_copy(0, index, _apply_rules(logits_NV[index], [rows[n] for n in ruled]))
     penalised = [n for n, row in enumerate(rows) if _has_penalty(row.params)]
     if penalised:
         index = _tensor(penalised, logits_NV)
@@ -105,6 +122,27 @@ def _choose(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return token_N
 
 
+def _apply_rules(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Biases added; banned tokens, and all but the allowed ones, become -inf."""
+    cells = [(r, token, bias) for r, row in enumerate(rows) for token, bias in row.params.logit_bias]
+    cells += [(r, token, -math.inf) for r, row in enumerate(rows) for token in row.banned]
+    if cells:
+        row_C, token_C, bias_C = zip(*cells, strict=True)
+        place = (_tensor(row_C, logits_RV), _tensor(token_C, logits_RV))
+        logits_RV = logits_RV.index_put(place, _column(bias_C, logits_RV)[:, 0], accumulate=True)
+    for r, row in enumerate(rows):
+        if row.allowed is not None:
+            logits_RV[r].masked_fill_(~_bits(row.allowed, logits_RV), -torch.inf)
+    return logits_RV
+
+
+def _bits(words: np.ndarray, like_RV: Tensor) -> Tensor:
+    """bool [V]."""
+    words_W = torch.from_numpy(words.copy()).to(like_RV.device, non_blocking=True)
+    bits_W32 = (words_W[:, None] >> torch.arange(32, dtype=torch.int32, device=like_RV.device)) & 1
+    return bits_W32.flatten()[: like_RV.shape[1]].bool()
+
+
 def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """repetition_penalty: tokens of prompt and output, multiplied if negative, else divided. Then, for tokens of the
     output, frequency_penalty is subtracted once per occurrence and presence_penalty once."""
@@ -112,8 +150,8 @@ def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     repetition_R1 = _column([p.repetition_penalty for p in params], logits_RV)
     frequency_R1 = _column([p.frequency_penalty for p in params], logits_RV)
     presence_R1 = _column([p.presence_penalty for p in params], logits_RV)
-    output_RV = _counts([row.output for row in rows], logits_RV)
-    prompts = [row.prompt if row.params.repetition_penalty != 1 else () for row in rows]
+    output_RV = _counts([row.tokens[row.num_prompt :] for row in rows], logits_RV)
+    prompts = [row.tokens[: row.num_prompt] if row.params.repetition_penalty != 1 else () for row in rows]
     seen_RV = (_counts(prompts, logits_RV) + output_RV) > 0
     repeated_RV = torch.where(logits_RV > 0, logits_RV / repetition_R1, logits_RV * repetition_R1)
     logits_RV = torch.where(seen_RV, repeated_RV, logits_RV)
@@ -143,7 +181,7 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     weights_RV = ((logits_RV - logits_RV.amax(dim=-1, keepdim=True)).exp() * 2.0**32).round()
     weights_RV = _keep_top_p(weights_RV, [p.top_p for p in params])
     sums_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
-    noise_R1 = _column([uniform(row.seed, len(row.output)) for row in rows], sums_RV)
+    noise_R1 = _column([uniform(row.seed, len(row.tokens) - row.num_prompt) for row in rows], sums_RV)
     drawn_R1 = torch.searchsorted(sums_RV, noise_R1 * sums_RV[:, -1:], right=True)
     return drawn_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)  # a row of NaN, soon refused, gives V
 
@@ -199,8 +237,13 @@ def _sampled(params: SamplingParams, values: Sequence[float]) -> Sampled:
     token = int(values[0])
     if params.logprobs is None:
         return Sampled(token)
-    top = [(int(id_), logprob) for id_, logprob in zip(values[3::2], values[4::2], strict=True)]
-    return Sampled(token, TokenLogprob(token, values[2], tuple(top[: params.logprobs])))
+    return Sampled(token, _logprob(token, values[2 : 3 + 2 * params.logprobs]))
+
+
+def _logprob(token: int, values: Sequence[float]) -> TokenLogprob:
+    """values: its logprob; then id and logprob of each alternative."""
+    top = zip(values[1::2], values[2::2], strict=True)
+    return TokenLogprob(token, values[0], tuple((int(other), logprob) for other, logprob in top))
 
 
 def _tensor(values: Sequence[int], like: Tensor) -> Tensor:

@@ -13,17 +13,16 @@ class StopStrings:
         self._stop = [(string, _borders(string)) for string in stop]
         self._matched = [0] * len(stop)  # per stop string: how much of it ends the text
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """What of the text so far is new and certain to stand before any stop string."""
         if self.found or not self._stop:
             return "" if self.found else text
         for end, character in enumerate(text, start=1):
-            longest = self._advance(character)
-            if longest:
-                self.found = True
-                before, self._held = (self._held + text[:end])[:-longest], ""
+            if found := self._advance(character):
+                self.found = found
+                before, self._held = (self._held + text[:end])[: -len(found)], ""
                 return before
         text = self._held + text
         certain = len(text) - max(self._matched)
@@ -35,9 +34,9 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _advance(self, character: str) -> int:
-        """The length of the longest stop string that this character completes, or 0."""
-        longest = 0
+    def _advance(self, character: str) -> str:
+        """The longest stop string that this character completes, if any."""
+        longest = ""
         for index, (string, borders) in enumerate(self._stop):
             matched = self._matched[index]
             while matched and string[matched] != character:
@@ -45,7 +44,7 @@ class StopStrings:
             matched += string[matched] == character
             self._matched[index] = matched
             if matched == len(string):
-                longest = max(longest, matched)
+                longest = max(longest, string, key=len)
         return longest
 
 

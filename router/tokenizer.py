@@ -36,6 +36,10 @@ class Tokenizer:
         decoder = self._fast.decoder
         self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
+    def to_json(self) -> str:
+        """Everything that another implementation must know, as in tokenizer.json."""
+        return self._fast.to_str()
+
     def encode(self, text: str) -> list[int]:
         """With what the checkpoint puts around a text, such as a beginning-of-sequence token."""
         return self._fast.encode(text).ids
@@ -132,12 +136,15 @@ class Detokenizer:
             self._shown = tokenizer.decode(self._context)
 
     @property
-    def stopped(self) -> bool:
-        """A stop string has appeared: the text is complete and whatever follows is ignored."""
+    def stopped(self) -> str | None:
+        """The stop string that has appeared: the text is complete and whatever follows is ignored."""
         return self._stop.found
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is now certain. Keeps back an incomplete character and what may begin a stop string."""
+    def push(self, token_ids: Sequence[int], *, may_stop: bool = True) -> str:
+        """The text that is now certain. Keeps back an incomplete character and what may begin a stop string.
+
+        may_stop: false while no stop string counts that begins in this text.
+        """
         tokens = self._visible(token_ids)
         if not tokens:
             return ""
@@ -152,7 +159,7 @@ class Detokenizer:
             self._shown = self._tokenizer.decode(self._context)
         elif new:
             self._shown = whole
-        return self._stop.push(new)
+        return self._stop.push(new) if may_stop else new
 
     def flush(self) -> str:
         """The rest, when no more tokens come. As in vLLM, bytes of an incomplete character are dropped, and so is a

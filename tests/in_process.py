@@ -115,7 +115,7 @@ class InProcess:
 
     def submit(self, request: Request) -> None:
         self.answers[request.id] = Joined()
-        self.engine.submit(request)
+        self.engine.submit(self.engine.prepare(request))
 
     def cancel(self, request_id: str) -> None:
         self.engine.cancel(request_id)

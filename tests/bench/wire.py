@@ -100,7 +100,8 @@ class _Engine:
         began = time.perf_counter()
         for i in range(NUM_STREAMS):
             prompt = self._tokenizer.encode(f"def read_file_{i}(path):\n")
-            self._engine.submit(Request(f"{self._round}-{i}", tuple(prompt), params))
+            request = Request(f"{self._round}-{i}", tuple(prompt), params)
+            self._engine.submit(self._engine.prepare(request))
         for _ in range(NUM_STREAMS):
             assert self._left.acquire(timeout=300)
         return NUM_STREAMS * NUM_TOKENS / (time.perf_counter() - began)

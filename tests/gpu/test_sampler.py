@@ -20,7 +20,7 @@ PARAMS = [
 
 def rows(num_rows: int) -> list[SamplingRow]:
     return [
-        SamplingRow(PARAMS[n % len(PARAMS)], seed=n, prompt=range(100), output=range(50, 50 + n))
+        SamplingRow(PARAMS[n % len(PARAMS)], seed=n, tokens=[*range(100), *range(50, 50 + n)], num_prompt=100)
         for n in range(num_rows)
     ]
 

@@ -98,10 +98,10 @@ def test_a_request_that_shards_fail_in_again_and_again_is_given_up(
 
 
 def test_logits_that_are_not_finite_fail_one_request(model: Path, undisturbed: dict[str, Joined]) -> None:
-    """Of three that decode, the second. A fourth then gets its blocks, the only ones that are free."""
+    """Of three that decode, the one with the longest prompt. A fourth then gets its block, the only one that is free."""
     config = RouterConfig(kv_cache=KVCacheConfig(block_size=40, memory_gib=3.5 * 40 * 768 / 2**30))
     again = greedy("again", PROMPTS[1], num_tokens=NUM_TOKENS)
-    fabric = partial(PoisonFabric, step=4, row=1)
+    fabric = partial(PoisonFabric, step=4, row=2)
     with in_process(model, num_shards=2, config=config, fabric=fabric) as server:
         server.engine.at_step[5] = partial(server.submit, again)
         answers = server.run(REQUESTS, failing={"1"})
@@ -120,7 +120,7 @@ def test_a_prompt_that_can_never_run_is_refused(model: Path) -> None:
             ((-1,), "outside the vocabulary"),
         ):
             with pytest.raises(ValueError, match=why):
-                server.engine.submit(greedy("x", prompt, num_tokens=1))
+                server.engine.prepare(greedy("x", prompt, num_tokens=1))
 
 
 def test_one_more_than_the_queue_holds_is_refused(model: Path) -> None:
@@ -129,7 +129,7 @@ def test_one_more_than_the_queue_holds_is_refused(model: Path) -> None:
         for request in REQUESTS:
             server.submit(request)
         with pytest.raises(QueueFull):
-            server.engine.submit(greedy("one more", [1], num_tokens=1))
+            server.engine.submit(server.engine.prepare(greedy("one more", [1], num_tokens=1)))
         answers = server.run([])
         assert all(answer.finish == "length" for answer in answers.values())
 
@@ -157,7 +157,7 @@ def test_requests_fail_when_the_shards_stay_away(model: Path) -> None:
     config = RouterConfig(stall_limit_s=0.05)
     fabric = partial(faulty, faults=[Lost(rank=0, step=2, layer=0)])
     with in_process(model, num_shards=2, config=config, fabric=fabric) as server:
-        server.engine._on_lost = lambda loss: None
+        server.engine._links._on_lost = lambda loss: None
         answers = server.run(REQUESTS, failing={"0", "1", "2"})
     assert "the expert shards have been away for" in str(answers["0"].error)
 
@@ -169,7 +169,9 @@ def test_a_prompt_is_scored_once_although_it_was_preempted(model: Path) -> None:
     with in_process(model, num_shards=2) as server:
         roomy = server.run(requests)
     config = RouterConfig(
-        max_batch_tokens=6, kv_cache=KVCacheConfig(block_size=4, memory_gib=15.5 * 4 * 768 / 2**30)
+        max_requests=3,
+        max_batch_tokens=6,
+        kv_cache=KVCacheConfig(block_size=4, memory_gib=15.5 * 4 * 768 / 2**30),
     )
     with in_process(model, num_shards=2, config=config) as server:
         tight = server.run(requests)

@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from router.block_pool import BlockPool, extend_keys
 from router.config import KVCacheConfig
 from router.kv_cache import BlockTables, KVCache, num_blocks_for
 from router.model_config import TrunkShape
@@ -14,7 +15,10 @@ SHAPE = TrunkShape(num_layers=2, num_kv_heads=2, head_dim=8, hidden=32, vocab_si
 
 
 class Tables(RuleBasedStateMachine):
-    """Rows come, grow and go in any order. held: tokens that each row may use."""
+    """Rows come, grow and go in any order. Their tokens are few, so that prefixes are found again.
+
+    tokens: of each row, of which the first `proven` are final. content: of each slot, the tokens up to and with its own.
+    """
 
     NUM_BLOCKS, BLOCK_SIZE, MAX_REQUESTS, MAX_TOKENS = 12, 4, 3, 40
 
@@ -26,57 +30,109 @@ class Tables(RuleBasedStateMachine):
             max_requests=self.MAX_REQUESTS,
             max_tokens=self.MAX_TOKENS,
         )
-        self.held: dict[int, int] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.proven: dict[int, int] = {}
+        self.content: dict[int, tuple[int, ...]] = {}
+        self.may_be_nan: set[int] = set()
 
-    def blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.BLOCK_SIZE)
+    def keys(self, tokens: list[int]) -> list[bytes]:
+        extend_keys(keys := [], tokens, self.BLOCK_SIZE)
+        return keys
 
-    @rule()
-    def take_row(self) -> None:
+    def a_row(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.tokens)))
+
+    @rule(prefix=st.lists(st.integers(0, 1), max_size=MAX_TOKENS))
+    def take_row(self, prefix: list[int]) -> None:
+        """It begins with what is found of the prefix."""
         row = self.tables.take_row()
-        assert (row is None) == (len(self.held) == self.MAX_REQUESTS)
-        if row is not None:
-            assert row not in self.held
-            self.held[row] = 0
+        assert (row is None) == (len(self.tokens) == self.MAX_REQUESTS)
+        if row is None:
+            return
+        assert row not in self.tokens
+        keys = self.keys(prefix)
+        found = keys[: self.tables.num_found(keys)]
+        self.tables.share(row, found)
+        self.tokens[row] = prefix[: len(found) * self.BLOCK_SIZE]
+        self.proven[row] = len(self.tokens[row])
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), num_tokens=st.integers(0, MAX_TOKENS))
-    def reserve(self, data: st.DataObject, num_tokens: int) -> None:
-        row = data.draw(st.sampled_from(sorted(self.held)))
-        missing = max(0, self.blocks(num_tokens) - self.blocks(self.held[row]))
-        free = self.tables.num_free_blocks
-        if self.tables.reserve(row, num_tokens):
-            assert self.tables.num_free_blocks == free - missing
-            self.held[row] = max(self.held[row], num_tokens)
-        else:
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=20), prove=st.booleans())
+    def grow(self, data: st.DataObject, more: list[int], prove: bool) -> None:
+        """As a step does: blocks, then keys and values in their slots, which are proven unless the step fails."""
+        row = self.a_row(data)
+        tokens = (self.tokens[row][: self.proven[row]] + more)[: self.MAX_TOKENS]
+        free, held = self.tables.num_free_blocks, self.num_blocks(len(self.tokens[row]))
+        missing = max(0, self.num_blocks(len(tokens)) - held)
+        if not self.tables.reserve(row, len(tokens)):
             assert missing > free == self.tables.num_free_blocks
+            return
+        assert self.tables.num_free_blocks == free - missing
+        self.may_be_nan -= set(self.tables.slots_to_erase().tolist())
+        slots = self.tables.slots(row, 0, self.num_blocks(len(tokens)) * self.BLOCK_SIZE).tolist()
+        assert not self.may_be_nan & set(slots), "a slot that may hold NaN was given out"
+        for position in range(self.proven[row], len(tokens)):
+            self.content[slots[position]] = tuple(tokens[: position + 1])
+        if len(tokens) > len(self.tokens[row]):
+            self.tokens[row] = tokens
+        if prove and len(tokens) == len(self.tokens[row]):
+            self.tokens[row], self.proven[row] = tokens, len(tokens)
+            self.tables.prove(row, len(tokens), self.keys(tokens))
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.held)))
+        row = self.a_row(data)
+        end = len(self.tokens[row])
+        self.may_be_nan |= set(self.tables.slots(row, self.proven[row], end).tolist())
         self.tables.release(row)
-        del self.held[row]
+        del self.tokens[row], self.proven[row]
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.BLOCK_SIZE)
 
     @invariant()
     def blocks_are_conserved(self) -> None:
         self.tables.check_integrity()
-        used = sum(self.blocks(num_tokens) for num_tokens in self.held.values())
-        assert self.tables.num_free_blocks == self.NUM_BLOCKS - used
+        used = {
+            slot // self.BLOCK_SIZE
+            for row, tokens in self.tokens.items()
+            for slot in self.tables.slots(row, 0, len(tokens)).tolist()
+        }
+        assert self.tables.num_free_blocks == self.NUM_BLOCKS - len(used)
 
     @invariant()
-    def every_token_has_a_slot_of_its_own(self) -> None:
-        slots = [
-            slot
-            for row, num_tokens in self.held.items()
-            for slot in self.tables.slots(row, 0, num_tokens).tolist()
-        ]
-        assert len(set(slots)) == len(slots)
-        assert all(0 <= slot < self.NUM_BLOCKS * self.BLOCK_SIZE for slot in slots)
+    def every_row_finds_its_own_tokens(self) -> None:
+        for row, tokens in self.tokens.items():
+            slots = self.tables.slots(row, 0, self.proven[row]).tolist()
+            assert [self.content[slot] for slot in slots] == [
+                tuple(tokens[: n + 1]) for n in range(self.proven[row])
+            ]
 
 
 Tables.TestCase.settings = settings(max_examples=50, stateful_step_count=30)
 TestTables = Tables.TestCase
+
+
+def test_what_nobody_can_find_is_taken_first_and_then_what_was_released_first() -> None:
+    pool = BlockPool(4)
+    blocks = [pool.take() for _ in range(4)]
+    for block in blocks[:3]:
+        pool.publish(block, b"%d" % block)
+    for block in (blocks[1], blocks[3], blocks[0], blocks[2]):
+        pool.release(block, doubtful=False)
+    assert [pool.take() for _ in range(4)] == [blocks[3], blocks[1], blocks[0], blocks[2]]
+    assert [pool.find(b"%d" % block) for block in blocks] == [None] * 4
+
+
+def test_a_key_names_everything_up_to_the_blocks_end() -> None:
+    keys: list[bytes] = []
+    extend_keys(keys, [1, 2, 3, 4, 5], 2)
+    at_once = list(keys)
+    extend_keys(keys, [1, 2, 3, 4, 5, 6], 2)
+    assert (len(at_once), len(set(keys)), keys[:2]) == (2, 3, at_once)
+    extend_keys(other := [], [0, 2, 3, 4], 2)
+    assert not set(other) & set(keys)
 
 
 def test_check_integrity_finds_a_block_that_is_lost() -> None:

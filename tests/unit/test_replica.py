@@ -49,6 +49,9 @@ class FakeEngine:
     def is_alive(self) -> bool:
         return True
 
+    def prepare(self, request: Request) -> Request:
+        return request
+
     def submit(self, request: Request) -> None:
         self.submitted.append(request.id)
         if self.steps and request.id.startswith("probe"):

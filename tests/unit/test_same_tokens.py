@@ -75,7 +75,9 @@ def test_any_number_of_shards(
 def test_prompts_in_parts(
     max_batch_tokens: int, block_size: int, prompts: list[list[int]], expected: list[Continuation]
 ) -> None:
-    config = RouterConfig(max_batch_tokens=max_batch_tokens, kv_cache=KVCacheConfig(block_size=block_size))
+    config = RouterConfig(
+        max_requests=16, max_batch_tokens=max_batch_tokens, kv_cache=KVCacheConfig(block_size=block_size)
+    )
     with in_process(DEMO, num_shards=2, config=config) as server:
         answers = server.run(requests_of(prompts, num_tokens=8))
     assert_all_same(answers, expected, num_tokens=8)
@@ -84,7 +86,7 @@ def test_prompts_in_parts(
 @pytest.mark.parametrize("max_batch_tokens", [50, 2048])
 def test_preemption(max_batch_tokens: int, prompts: list[list[int]], expected: list[Continuation]) -> None:
     short, expected = prompts[:9], expected[:9]
-    config = RouterConfig(max_batch_tokens=max_batch_tokens, kv_cache=pool(24, block_size=8))
+    config = RouterConfig(max_requests=16, max_batch_tokens=max_batch_tokens, kv_cache=pool(24, block_size=8))
     with in_process(DEMO, num_shards=2, config=config) as server:
         answers = server.run(requests_of(short, num_tokens=24))
         assert server.engine.preempted
@@ -116,7 +118,7 @@ def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Con
 )
 def test_a_lost_shard(faults: list[Fault], prompts: list[list[int]], expected: list[Continuation]) -> None:
     """Chunked prompts and preemption too, so that all sorts of steps are run again."""
-    config = RouterConfig(max_batch_tokens=40, kv_cache=pool(21, block_size=8))
+    config = RouterConfig(max_requests=40, max_batch_tokens=40, kv_cache=pool(21, block_size=8))
     with in_process(DEMO, num_shards=3, config=config, fabric=partial(faulty, faults=faults)) as server:
         answers = server.run(requests_of(prompts[:9], num_tokens=12))
         assert len(server.losses) == len(faults)

@@ -24,10 +24,34 @@ from router.sampler import LogitsError, SamplingRow, prompt_logprobs, sample, un
 GREEDY = SamplingParams(temperature=0)
 
 
+VOCABULARY = 40
+
+
 def row(
-    params: SamplingParams, *, seed: int = 0, prompt: Sequence[int] = (), output: Sequence[int] = ()
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    banned: frozenset[int] = frozenset(),
+    allowed: frozenset[int] | None = None,
 ) -> SamplingRow:
-    return SamplingRow(params, seed=seed, prompt=prompt, output=output)
+    return SamplingRow(
+        params,
+        seed=seed,
+        tokens=[*prompt, *output],
+        num_prompt=len(prompt),
+        banned=banned,
+        allowed=None if allowed is None else as_bits(allowed),
+    )
+
+
+def as_bits(tokens: frozenset[int]) -> np.ndarray:
+    """As llguidance has them."""
+    words = np.zeros(-(-VOCABULARY // 32), np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words.view(np.int32)
 
 
 def token_of(logits_V: torch.Tensor, one: SamplingRow) -> int:
@@ -54,12 +78,23 @@ def kept_tokens(
 # The reference: float64, one row, one rule after the other.
 
 
-def penalised(logits_V: np.ndarray, one: SamplingRow) -> np.ndarray:
+def ruled(logits_V: np.ndarray, one: SamplingRow) -> np.ndarray:
     changed = logits_V.astype(np.float64)
-    for token in {*one.prompt, *one.output}:
+    for token, bias in one.params.logit_bias:
+        changed[token] += bias
+    for token in range(VOCABULARY):
+        forbidden = one.allowed is not None and not one.allowed[token // 32] >> token % 32 & 1
+        if forbidden or token in one.banned:
+            changed[token] = -np.inf
+    return changed
+
+
+def penalised(logits_V: np.ndarray, one: SamplingRow) -> np.ndarray:
+    changed = ruled(logits_V, one)
+    for token in set(one.tokens):
         penalty = one.params.repetition_penalty
         changed[token] = changed[token] / penalty if changed[token] > 0 else changed[token] * penalty
-    for token, count in Counter(one.output).items():
+    for token, count in Counter(one.tokens[one.num_prompt :]).items():
         changed[token] -= count * one.params.frequency_penalty + one.params.presence_penalty
     return changed
 
@@ -85,13 +120,17 @@ def reference(logits_V: np.ndarray, one: SamplingRow) -> int:
     if one.params.temperature < 1e-5:
         return int(np.argmax(penalised(logits_V, one)))
     cumulated = np.cumsum(distribution(logits_V, one))
-    return int(np.argmax(cumulated > uniform(one.seed, len(one.output)) * cumulated[-1]))
+    return int(np.argmax(cumulated > uniform(one.seed, len(one.tokens) - one.num_prompt) * cumulated[-1]))
 
 
-VOCABULARY = 40
 tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=12)
+some_tokens = st.frozensets(st.integers(0, VOCABULARY - 1), max_size=VOCABULARY // 2)
+biases = st.dictionaries(
+    st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, -1.5, 2.0, 100.0]), max_size=3
+)
 sampling_params = st.builds(
     SamplingParams,
+    logit_bias=biases.map(lambda bias: tuple(bias.items())),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.5]),
     top_p=st.sampled_from([1.0, 0.9, 0.5, 0.01]),
     top_k=st.sampled_from([0, 1, 5, VOCABULARY, 1000]),
@@ -102,8 +141,14 @@ sampling_params = st.builds(
     logprobs=st.sampled_from([None, 0, 3]),
 )
 sampling_rows = st.builds(
-    SamplingRow, sampling_params, seed=st.integers(-(2**63) + 1, 2**63 - 1), prompt=tokens, output=tokens
-)
+    row,
+    sampling_params,
+    seed=st.integers(-(2**63) + 1, 2**63 - 1),
+    prompt=tokens,
+    output=tokens,
+    banned=some_tokens,
+    allowed=st.none() | some_tokens.map(lambda tokens: frozenset(range(VOCABULARY)) - tokens),
+).filter(lambda one: (ruled(np.zeros(VOCABULARY), one) > -np.inf).any())
 
 
 @settings(max_examples=200, deadline=None)
@@ -283,12 +328,17 @@ def test_bad_logits_name_their_rows(params: SamplingParams, value: float) -> Non
     assert caught.value.rows == (1, 3)
 
 
-def test_prompt_logprobs() -> None:
-    logits_TV, next_T = logits(6, VOCABULARY).bfloat16(), torch.tensor([0, 3, 39, 8, 8, 1])
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_prompt_logprobs(num_top: int) -> None:
+    logits_TV, next_tokens = logits(6, VOCABULARY).bfloat16(), [0, 3, 39, 8, 8, 1]
     expected_TV = torch.log_softmax(logits_TV.float(), dim=-1)
-    actual_T = prompt_logprobs(logits_TV, next_T)
-    assert actual_T.dtype == torch.float32
-    torch.testing.assert_close(actual_T, expected_TV[torch.arange(6), next_T])
+    scores = prompt_logprobs(logits_TV, next_tokens, num_top=num_top)
+    assert [score.token for score in scores] == next_tokens
+    for score, expected_V in zip(scores, expected_TV, strict=True):
+        assert score.logprob == pytest.approx(expected_V[score.token].item())
+        best = expected_V.topk(num_top)
+        assert [token for token, _ in score.top] == best.indices.tolist()
+        assert [logprob for _, logprob in score.top] == pytest.approx(best.values.tolist())
 
 
 def test_no_rows() -> None:

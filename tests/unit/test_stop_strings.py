@@ -12,10 +12,13 @@ small_texts = st.text(alphabet="ab", max_size=20)
 stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4)
 
 
-def reference(text: str, stop: list[str]) -> tuple[str, bool]:
-    """The text before the match that ends first, the longest of those; and whether there is one."""
-    matches = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
-    return (text[: min(matches)[1]], True) if matches else (text, False)
+def reference(text: str, stop: list[str]) -> tuple[str, str | None]:
+    """The text before the match that ends first, the longest of those; and the string that matches, if any does."""
+    matches = [
+        (text.find(string) + len(string), text.find(string), string) for string in stop if string in text
+    ]
+    _, begin, string = min(matches, default=(0, len(text), None))
+    return text[:begin], string
 
 
 @given(text=small_texts, stop=stop_strings, cuts=st.lists(st.integers(0, 20), max_size=8))

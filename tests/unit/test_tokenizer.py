@@ -61,7 +61,7 @@ def stream(
     """The pieces of text, the flushed one last, and whether a stop string ended them."""
     detokenizer = Detokenizer(tokenizer, prompt, stop=stop)
     pieces = [detokenizer.push([token]) for token in token_ids]
-    return [*pieces, detokenizer.flush()], detokenizer.stopped
+    return [*pieces, detokenizer.flush()], detokenizer.stopped is not None
 
 
 emoji = st.sampled_from(["👩‍👩‍👧‍👦", "🇪🇺", "👍🏽", "é", "한글", "  ", "\n", "\ufffd", "€", " the", "עברית"])
