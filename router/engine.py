@@ -181,20 +181,24 @@ class Engine:
 
     def _run(self) -> None:
         while not self._mailbox.closed:
-            mail = self._mailbox.take(
-                or_until=lambda: self._links.linked and len(self._roster) > 0, timeout_s=1.0
-            )
-            if mail.members is not None:
-                self._links.open(mail.members)
-            for prepared in mail.submitted:
-                self._roster.add(prepared)
-            for request_id in mail.cancelled:
-                self._roster.forget(request_id)
-            outputs = self._roster.expire(time.monotonic())
-            if self._roster:
-                outputs += self.step() if self._links.linked else self._give_up()
-            if outputs:
-                self._on_outputs(outputs)
+            self.turn(wait_s=1.0)
+
+    def turn(self, *, wait_s: float) -> None:
+        """What has come, then one step. wait_s: for something to do."""
+        mail = self._mailbox.take(
+            or_until=lambda: self._links.linked and len(self._roster) > 0, timeout_s=wait_s
+        )
+        if mail.members is not None:
+            self._links.open(mail.members)
+        for prepared in mail.submitted:
+            self._roster.add(prepared)
+        for request_id in mail.cancelled:
+            self._roster.forget(request_id)
+        outputs = self._roster.expire(time.monotonic())
+        if self._roster:
+            outputs += self.step() if self._links.linked else self._give_up()
+        if outputs:
+            self._on_outputs(outputs)
 
     def step(self) -> list[RequestOutput]:
         """One step. If it loses a shard, nothing of it is committed and the plan is kept for the next try."""

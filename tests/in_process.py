@@ -19,6 +19,8 @@ from experts.shard import ExpertShard, load_shard
 from router.config import RouterConfig
 from router.engine import Engine
 from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
+from router.scheduler import Scheduler
+from router.step_plan import StepPlan
 from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
@@ -41,7 +43,7 @@ class Joined:
 
 
 class CheckedEngine(Engine):
-    """An engine whose block tables are checked after every step.
+    """An engine whose plans are checked before every step, and its block tables after it.
 
     at_step: what else happens, in the engine's thread, once so many steps have succeeded; such as late requests.
     preempted: requests that were put back after they had begun to answer.
@@ -51,6 +53,16 @@ class CheckedEngine(Engine):
         super().__init__(*args, **kwargs)
         self.at_step: dict[int, Callable[[], None]] = {}
         self.preempted: set[str] = set()
+        self._scheduler.plan = self._plan
+
+    def _plan(self) -> StepPlan:
+        plan = Scheduler.plan(self._scheduler)
+        assert 1 <= plan.num_tokens <= self._config.max_batch_tokens
+        planned = [part.running for part in plan.parts]
+        assert all(one in planned for one in self._scheduler.running if one.num_left == 1), (
+            "who decodes goes on"
+        )
+        return plan
 
     def step(self) -> list[RequestOutput]:
         self.at_step.pop(self._num_steps, lambda: None)()

@@ -93,6 +93,21 @@ def test_preemption(max_batch_tokens: int, prompts: list[list[int]], expected: l
     assert_all_same(answers, expected, num_tokens=24)
 
 
+@pytest.mark.parametrize("max_batch_tokens", [33, 2048])
+def test_prefixes_that_were_computed_before(
+    max_batch_tokens: int, prompts: list[list[int]], expected: list[Continuation]
+) -> None:
+    """Every prompt again, once its first answer is there, beside others that have begun before."""
+    config = RouterConfig(max_requests=16, max_batch_tokens=max_batch_tokens)
+    with in_process(DEMO, num_shards=2, config=config) as server:
+        server.run(requests_of(prompts, num_tokens=2))
+        num_computed_before = server.engine.status().num_cached
+        answers = server.run(requests_of(prompts, num_tokens=20))
+        found = server.engine.status().num_cached - num_computed_before
+    assert found == sum((len(prompt) - 1) // 16 * 16 for prompt in prompts)
+    assert_all_same(answers, expected, num_tokens=20)
+
+
 def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Continuation]) -> None:
     """Late requests join, running and waiting ones leave, and four rows are too few for all."""
     config = RouterConfig(max_requests=4, max_batch_tokens=128, kv_cache=pool(60, block_size=16))
