@@ -278,6 +278,8 @@ class Engine:
         """One more token. Its logits were finite, so what it was computed from is: others may share it."""
         self._scheduler.prove(running)
         running.tokens.append(sampled.token)
+        if running.answer.num_tokens == 0:
+            running.answer.began(running.num_cached or 0)
         guide = running.guide
         if guide is not None:
             guide.accept(sampled.token)

@@ -31,15 +31,22 @@ CPU = torch.device("cpu")
 class Joined:
     """All outputs of one request."""
 
+    text: str = ""
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_cached: int = 0
     finish: FinishReason | None = None
+    stop_reason: str | int | None = None
     error: str | None = None
 
     def add(self, output: RequestOutput) -> None:
+        self.text += output.text
         self.tokens += output.tokens
+        self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
-        self.finish, self.error = output.finish, output.error
+        self.num_cached += output.num_cached
+        self.finish, self.stop_reason, self.error = output.finish, output.stop_reason, output.error
 
 
 class CheckedEngine(Engine):
