@@ -9,6 +9,7 @@ import torch
 from deploy.config import AppArgs
 from experts.backends import KernelSettings
 from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint_index import CheckpointIndex
 from experts.config import ExpertsConfig
 from experts.device import default_device, resolve_dtype
 from experts.fabric import Fabric, Membership, StepFailed
@@ -18,6 +19,7 @@ from experts.fabric.tcp import TcpFabric
 from experts.placement import place_evenly
 from experts.shard import load_shard
 from router.engine import Engine
+from router.kv_cache import memory_for
 from router.request import RequestOutput
 from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
@@ -26,11 +28,15 @@ from router.trunk import Trunk
 def build_engine(
     args: AppArgs,
     *,
-    local: ExpertsConfig | None,
+    experts: ExpertsConfig,
+    shares_gpu: bool,
     on_outputs: Callable[[list[RequestOutput]], None],
     on_lost: Callable[[StepFailed], None],
 ) -> Engine:
-    """An engine that has not started. local: the experts that it shall hold itself; None for fabric `tcp`."""
+    """An engine that has not started. shares_gpu: a shard is, or will be, on the same one.
+
+    Raises ValueError for what cannot be.
+    """
     torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
     device = default_device()
     trunk_dtype = resolve_dtype(args.router.dtype, device=device)
@@ -38,8 +44,8 @@ def build_engine(
     trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device)
     fabric: Fabric
     members: Membership | None = None
-    if local is not None:
-        fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device)
+    if args.fabric.kind == "local":
+        fabric, members = _local(args.model.path, experts, dtype=wire_dtype, device=device)
     else:
         _check_step(args, hidden=trunk.shape.hidden, wire_dtype=wire_dtype)
         fabric = TcpFabric(
@@ -53,6 +59,11 @@ def build_engine(
         fabric,
         Tokenizer(args.model.path),
         config=args.router,
+        kv_bytes=memory_for(
+            args.router.kv_cache,
+            device=device,
+            set_aside=shard_bytes(args.model.path, num_shards=experts.shards) if shares_gpu else 0,
+        ),
         eos=eos_token_ids(args.model.path),
         on_outputs=on_outputs,
         on_lost=on_lost,
@@ -60,6 +71,14 @@ def build_engine(
     if members is not None:
         engine.adopt(members)
     return engine
+
+
+def shard_bytes(path: Path, *, num_shards: int) -> int:
+    """Of the largest shard's experts, in FP4 with a scale for every 16 weights."""
+    with CheckpointIndex(path) as index:
+        shape = index.shape
+    num_experts = -(-shape.num_experts // num_shards) * len(shape.moe_layers)
+    return num_experts * 3 * shape.hidden * shape.intermediate * 9 // 16
 
 
 def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:

@@ -198,7 +198,8 @@ class RouterReplica:
         engine = await asyncio.to_thread(
             build_engine,
             self._args,
-            local=experts if self._fleet is None else None,
+            experts=experts,
+            shares_gpu=self._fleet is not None and _num_gpus() < 1,
             on_outputs=to_loop(self._deliver),
             on_lost=to_loop(self._report),
         )
@@ -296,6 +297,11 @@ def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:
         lease_s=args.fleet.lease_s,
         start_timeout_s=args.fleet.start_timeout_s,
     )
+
+
+def _num_gpus() -> float:
+    """Reserved for this process: less than one, and Ray may put a shard beside it."""
+    return ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
 
 
 def _metrics_port() -> int:

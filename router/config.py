@@ -1,6 +1,6 @@
 """What a user may say about the router: the engine and the trunk it drives."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,8 @@ class KVCacheConfig(Config):
     block_size: int = Field(default=16, ge=1, le=256)
     """Tokens per block."""
 
-    memory_gib: float = Field(default=0.25, gt=0)
-    """Of all layers' keys and values together, in GiB."""
+    memory_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Of all layers' keys and values together, in GiB; `auto` takes what the device has left, see kv_cache.memory_for."""
 
 
 class RouterConfig(Config):

@@ -68,23 +68,24 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         config: RouterConfig,
+        kv_bytes: int,
         eos: frozenset[int],
         on_outputs: Callable[[list[RequestOutput]], None],
         on_lost: Callable[[StepFailed], None],
     ) -> None:
-        """on_outputs, on_lost: called in the engine's thread, at most once per step; they must not block."""
-        shape, kv = trunk.shape, config.kv_cache
-        num_blocks = num_blocks_for(shape, kv, dtype=trunk.dtype)
-        self.max_model_len = min(shape.max_model_len, num_blocks * kv.block_size)
+        """kv_bytes: of the KV cache. on_outputs, on_lost: called in the engine's thread, at most once per step; they must not block."""
+        shape, block_size = trunk.shape, config.kv_cache.block_size
+        num_blocks = num_blocks_for(shape, kv_bytes, block_size=block_size, dtype=trunk.dtype)
+        self.max_model_len = min(shape.max_model_len, num_blocks * block_size)
         """Tokens of a prompt and its answer together."""
         self._tables = BlockTables(
             num_blocks=num_blocks,
-            block_size=kv.block_size,
+            block_size=block_size,
             max_requests=config.max_requests,
             max_tokens=self.max_model_len,
         )
         self._cache = KVCache(
-            shape, num_slots=num_blocks * kv.block_size, dtype=trunk.dtype, device=trunk.device
+            shape, num_slots=num_blocks * block_size, dtype=trunk.dtype, device=trunk.device
         )
         self._trunk = trunk
         self._fabric = fabric
@@ -92,7 +93,7 @@ class Engine:
         self._config = config
         self._eos = eos
         self._on_outputs = on_outputs
-        self._attention = PagedAttention(self._cache, block_size=kv.block_size)
+        self._attention = PagedAttention(self._cache, block_size=block_size)
         self._dispatcher = Dispatcher(fabric, device=trunk.device)
         self._links = Links(self._dispatcher, on_lost=on_lost)
         self._scheduler = Scheduler(self._tables, max_batch_tokens=config.max_batch_tokens)

@@ -3,6 +3,7 @@
 R rows (one per running request), N blocks of a row, S slots (num_blocks * block_size), G KV heads, D head dim.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import chain
 
@@ -131,13 +132,35 @@ class KVCache:
         self.v[:, index] = 0
 
 
-def num_blocks_for(shape: TrunkShape, config: KVCacheConfig, *, dtype: torch.dtype) -> int:
+def memory_for(config: KVCacheConfig, *, device: torch.device, set_aside: int = 0) -> int:
+    """Bytes for keys and values, once the trunk is loaded. set_aside: what a shard on this device takes, sooner or later."""
+    if config.memory_gib != "auto":
+        return int(config.memory_gib * 2**30)
+    if device.type == "cpu":
+        return min(_available_on_host() // 4, 4 * 2**30)  # the experts, and whatever else runs, are there too
+    free, total = torch.cuda.mem_get_info(device)
+    return left_over(free, total, own=torch.cuda.memory_allocated(device), set_aside=set_aside)
+
+
+def left_over(free: int, total: int, *, own: int, set_aside: int) -> int:
+    """Bytes of a GPU, of which a tenth is left to activations, that neither others hold nor a shard will want.
+
+    The shard may have loaded already or not, so what it takes is not simply missing from `free`.
+    """
+    return max(0, min(free * 9 // 10, total * 9 // 10 - own - set_aside))
+
+
+def num_blocks_for(shape: TrunkShape, num_bytes: int, *, block_size: int, dtype: torch.dtype) -> int:
     """How many blocks of keys and values fit into the memory. Raises ValueError if none does."""
     bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    num_blocks = int(config.memory_gib * 2**30) // (bytes_per_token * config.block_size)
+    num_blocks = num_bytes // (bytes_per_token * block_size)
     if num_blocks == 0:
         raise ValueError(
-            f"router.kv_cache.memory_gib={config.memory_gib} holds no block of "
-            f"{config.block_size} tokens of {bytes_per_token} bytes each"
+            f"router.kv_cache: {num_bytes / 2**30:.2g} GiB hold no block of "
+            f"{block_size} tokens of {bytes_per_token} bytes each; set router.kv_cache.memory_gib"
         )
     return num_blocks
+
+
+def _available_on_host() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

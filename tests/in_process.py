@@ -18,6 +18,7 @@ from experts.placement import ExpertPlacement, place_evenly
 from experts.shard import ExpertShard, load_shard
 from router.config import RouterConfig
 from router.engine import Engine
+from router.kv_cache import memory_for
 from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 from router.scheduler import Scheduler
 from router.step_plan import StepPlan
@@ -25,6 +26,8 @@ from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
 CPU = torch.device("cpu")
+SMALL_KV = 2**26
+"""Bytes, where a test does not say: a pool that is checked at every step had better not be large."""
 
 
 @dataclass
@@ -96,6 +99,7 @@ class InProcess:
         device: torch.device,
         config: RouterConfig,
     ) -> None:
+        kv = config.kv_cache
         self.at_loss: Callable[[], None] = lambda: None
         self.losses: list[StepFailed] = []
         self.answers: dict[str, Joined] = {}
@@ -106,6 +110,7 @@ class InProcess:
             fabric,
             Tokenizer(path),
             config=config,
+            kv_bytes=SMALL_KV if kv.memory_gib == "auto" else memory_for(kv, device=device),
             eos=eos_token_ids(path),
             on_outputs=self._take,
             on_lost=self._lost,

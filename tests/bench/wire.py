@@ -86,6 +86,7 @@ class _Engine:
             fabric,
             self._tokenizer,
             config=RouterConfig(),
+            kv_bytes=2**28,
             eos=eos_token_ids(MODEL),
             on_outputs=self._count,
             on_lost=lambda loss: None,

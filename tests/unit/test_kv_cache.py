@@ -8,9 +8,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from router.block_pool import BlockPool, extend_keys
 from router.config import KVCacheConfig
-from router.kv_cache import BlockTables, KVCache, num_blocks_for
+from router.kv_cache import BlockTables, KVCache, left_over, memory_for, num_blocks_for
 from router.model_config import TrunkShape
 
+CPU = torch.device("cpu")
 SHAPE = TrunkShape(num_layers=2, num_kv_heads=2, head_dim=8, hidden=32, vocab_size=64, max_model_len=128)
 
 
@@ -147,13 +148,28 @@ def test_check_integrity_finds_a_block_that_is_lost() -> None:
 
 def test_memory_is_spent_on_whole_blocks() -> None:
     bytes_per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, float32
-    config = KVCacheConfig(block_size=16, memory_gib=3.5 * 16 * bytes_per_token / 2**30)
-    assert num_blocks_for(SHAPE, config, dtype=torch.float32) == 3
-    assert num_blocks_for(SHAPE, config, dtype=torch.bfloat16) == 7
-    cache = KVCache(SHAPE, num_slots=3 * 16, dtype=torch.float32, device=torch.device("cpu"))
+    num_bytes = int(3.5 * 16 * bytes_per_token)
+    assert num_blocks_for(SHAPE, num_bytes, block_size=16, dtype=torch.float32) == 3
+    assert num_blocks_for(SHAPE, num_bytes, block_size=16, dtype=torch.bfloat16) == 7
+    cache = KVCache(SHAPE, num_slots=3 * 16, dtype=torch.float32, device=CPU)
     assert cache.k.nbytes + cache.v.nbytes == 3 * 16 * bytes_per_token
 
 
 def test_refuses_memory_for_no_block() -> None:
-    with pytest.raises(ValueError, match=r"router.kv_cache.memory_gib=1e-06 holds no block of 16 tokens"):
-        num_blocks_for(SHAPE, KVCacheConfig(block_size=16, memory_gib=1e-6), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"GiB hold no block of 16 tokens.*router.kv_cache.memory_gib"):
+        num_blocks_for(SHAPE, 1000, block_size=16, dtype=torch.float32)
+
+
+def test_memory_is_what_the_file_says_or_what_is_left() -> None:
+    assert memory_for(KVCacheConfig(memory_gib=0.5), device=CPU) == 2**29
+    assert 0 < memory_for(KVCacheConfig(), device=CPU) <= 4 * 2**30
+
+
+@pytest.mark.parametrize("shard_has_loaded", [False, True])
+def test_a_shard_on_the_same_gpu_finds_room_whenever_it_comes(shard_has_loaded: bool) -> None:
+    """128 GiB, of which the trunk has 10 and the shard will have 60: 45 are left, and a tenth for activations."""
+    gib = 2**30
+    free = (128 - 10 - 60 * shard_has_loaded) * gib
+    left = left_over(free, 128 * gib, own=10 * gib, set_aside=60 * gib)
+    assert left == 128 * gib * 9 // 10 - 70 * gib
+    assert left_over(free, 128 * gib, own=10 * gib, set_aside=120 * gib) == 0

@@ -110,12 +110,13 @@ async def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """Every engine that was built."""
     built: list[FakeEngine] = []
 
-    def build(args: AppArgs, *, local: ExpertsConfig | None, **callbacks: Any) -> FakeEngine:
+    def build(args: AppArgs, *, experts: ExpertsConfig, shares_gpu: bool, **callbacks: Any) -> FakeEngine:
         built.append(FakeEngine(**callbacks))
         return built[-1]
 
     monkeypatch.setattr(engine_room, "build_engine", build)
     monkeypatch.setattr(replica, "_metrics_port", lambda: 8080)
+    monkeypatch.setattr(replica, "_num_gpus", lambda: 0.0)
     monkeypatch.setattr(replica, "FleetLink", FakeFleet)
     monkeypatch.setattr(replica.serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
     monkeypatch.setattr(replica, "PROBE_S", 0.05)
