@@ -21,8 +21,8 @@ MANY = 100_000
 """Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
 
 
-GRACE_S = 2.0
-"""For requests that still run when a replica is stopped. The ingress goes first: the router is idle when it has left."""
+LEAVE_S = 2.0
+"""For what is left to do once the last request has ended. The ingress goes first: the router is idle when it has left."""
 
 
 class IngressReplica:
@@ -51,18 +51,20 @@ def build(args: AppArgs) -> Application:
     """Refuses, with a sentence, a model that cannot be served before any replica starts."""
     check_family(args.model.path)
     ingress_class: Any = serve.ingress()(IngressReplica)
-    router = _deployment(RouterReplica, name="Router")
-    ingress = _deployment(ingress_class, name="Ingress")
+    grace_s = args.router.drain_s + LEAVE_S
+    router = _deployment(RouterReplica, name="Router", grace_s=grace_s)
+    ingress = _deployment(ingress_class, name="Ingress", grace_s=grace_s)
     return ingress.bind(router.bind(args), args)
 
 
-def _deployment(replica: type, *, name: str) -> Any:
+def _deployment(replica: type, *, name: str, grace_s: float) -> Any:
+    """grace_s: for requests that still run when a replica is stopped, by whomever."""
     return serve.deployment(
         replica,
         name=name,
         max_ongoing_requests=MANY,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0},
     )

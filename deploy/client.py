@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.api.engine_client import Limits, Readiness, RouterLost
+from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping
 from deploy.spec import Refusal
 from router.request import QueueFull, Request, RequestOutput
 
@@ -111,6 +111,8 @@ class HandleClient:
             return
         if refusal.kind == "full":
             raise QueueFull(refusal.retry_after_s)
+        if refusal.kind == "draining":
+            raise Stopping(refusal.why)
         raise RouterLost(refusal.why) if refusal.kind == "lost" else ValueError(refusal.why)
 
     async def _withdraw(

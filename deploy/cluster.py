@@ -1,5 +1,6 @@
 """The Ray cluster and the Serve instance under `sparkmoe serve`: what it starts or finds, and how it leaves them."""
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -60,6 +61,19 @@ class Application:
                 if time.monotonic() > ends:
                     raise ClusterGone(f"the Ray cluster is gone: {gist(str(error))}") from error
                 time.sleep(POLL_S)
+
+    def drain(self, *, limit_s: float) -> None:
+        """Its running requests end, while new ones are refused. What goes wrong with it is told."""
+
+        async def drain() -> None:  # in a loop: where Serve's handles live, see RAY_SETTINGS
+            router: Any = serve.get_deployment_handle("Router", app_name=self.name)
+            await asyncio.wait_for(router.drain.remote(), limit_s)
+
+        with _told("running requests are cut short"):
+            asyncio.run(drain())
+        logging.getLogger("ray.serve").setLevel(
+            logging.CRITICAL
+        )  # the handle complains that its loop has ended
 
     def remove(self) -> None:
         """It ends, and Serve does if it was started for it. A step that fails is told, and the next is taken."""

@@ -19,6 +19,9 @@ from router.model_config import check_family
 POLL_S = 0.2
 WATCH_S = 3.0
 
+DRAIN_S = 5.0
+"""What draining may take beyond router.drain_s."""
+
 ROUTER_START_S = 60.0
 """What the start may take beyond fleet.start_timeout_s."""
 
@@ -26,18 +29,23 @@ ROUTER_START_S = 60.0
 def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
     """Serve until SIGINT or SIGTERM. Prints `ready URL` once a decode step has gone through every shard.
 
+    Then running requests have router.drain_s to end, while new ones are refused; a second signal cuts them short.
+
     Raises ValueError for a config that cannot work and LaunchError if it does not come up, or is lost. Ignores both
     signals once it stops, for good: the process is to end.
     """
     check(config, address=address)
     schema = _schema(raw)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    _heed_interrupts()
     try:
         with cluster(address), application(config.applications[0].name, schema) as app:
             _wait_until_ready(config, app)
             print(f"ready {config.url}", flush=True)
-            _watch(app)
+            try:
+                _watch(app)
+            except KeyboardInterrupt:
+                _drain(app, within_s=config.applications[0].args.router.drain_s)
+                raise
     except KeyboardInterrupt:
         tell("stopped")
 
@@ -123,6 +131,15 @@ def _watch(app: Application) -> NoReturn:
             told = news
 
 
+def _drain(app: Application, *, within_s: float) -> None:
+    tell("stopping: running requests may end; interrupt again to cut them short")
+    _heed_interrupts()
+    try:
+        app.drain(limit_s=within_s + DRAIN_S)
+    except KeyboardInterrupt:
+        tell("running requests are cut short")
+
+
 def _schema(raw: dict[str, Any]) -> ServeDeploySchema:
     """What Serve's own check of the file refuses becomes a sentence, as in `load`."""
     try:
@@ -149,6 +166,11 @@ def _check_cluster(address: str) -> None:
         reach(address)
     except OSError as error:
         raise LaunchError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
+
+
+def _heed_interrupts() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -34,6 +34,10 @@ class Outboxes:
     def __contains__(self, ingress: str) -> bool:
         return ingress in self._boxes
 
+    def __len__(self) -> int:
+        """Requests whose last output has not come."""
+        return len(self._owner)
+
     def open(self, ingress: str) -> None:
         self._boxes[ingress] = _Outbox()
 

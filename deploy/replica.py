@@ -39,6 +39,8 @@ PROBE_S = 3.0
 
 MEASURE_S = 5.0
 
+DRAIN_POLL_S = 0.05
+
 T = TypeVar("T")
 
 
@@ -59,6 +61,7 @@ class RouterReplica:
         self._members: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._draining = False
         self._fleet: FleetLink | None = None
         if args.fabric.kind != "local":
             self._fleet = FleetLink(
@@ -109,6 +112,8 @@ class RouterReplica:
     async def submit(self, ingress: str, request: Request) -> Refusal | None:
         """None if the request is queued."""
         assert self._engine is not None
+        if self._draining:
+            return Refusal("draining", "the server is stopping")
         prepare = self._engine.prepare
         apart = request.params.grammar is not None  # it may take a second, in which others' tokens go on
         try:
@@ -128,6 +133,16 @@ class RouterReplica:
         for request_id in request_ids:
             if self._outboxes.remove(request_id):
                 self._abandon(request_id)
+
+    async def drain(self) -> None:
+        """No request is taken any more. Returns when those that run have ended; after router.drain_s they have to."""
+        assert self._engine is not None
+        self._draining = True
+        ends = time.monotonic() + self._args.router.drain_s
+        while len(self._outboxes) and time.monotonic() < ends:
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._engine.expire_all()
+        logger.info("drained; %d requests had to end", len(self._outboxes))
 
     async def readiness(self) -> dict[str, Any]:
         """Whether a decode step went through every shard within router.ready_within_s; makes one if none did.
@@ -255,6 +270,8 @@ class RouterReplica:
     async def _why_no_step(self, *, recent_is_enough: bool) -> str:
         """Why a decode step does not go through every shard; "" if one does, or did not long ago."""
         assert self._engine is not None
+        if self._draining:
+            return "the server is stopping"
         status = self._engine.status()
         if not status.linked:
             return "the expert shards are not linked"

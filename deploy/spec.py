@@ -69,9 +69,10 @@ class FleetOverview:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a router did not take a request: its queue is full, the request can never run, or it came to the wrong router."""
+    """Why a router did not take a request: its queue is full, the request can never run, it came to the wrong router,
+    or the router is to stop."""
 
-    kind: Literal["full", "invalid", "lost"]
+    kind: Literal["full", "invalid", "lost", "draining"]
     why: str
     retry_after_s: float = 0.0
 

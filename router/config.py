@@ -31,6 +31,9 @@ class RouterConfig(Config):
     stall_limit_s: float = Field(default=900.0, gt=0)
     """How long requests wait for lost shards before they fail (HTTP 503)."""
 
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long requests may go on once the server is told to stop; then they end with the text that there is."""
+
     ready_within_s: float = Field(default=10.0, gt=0)
     """/ready is true while the last decode step is no older than this; else it makes one."""
 

@@ -5,6 +5,7 @@ a step that loses a shard is simply run again, from the same plan, when a new me
 """
 
 import logging
+import math
 import random
 import threading
 import time
@@ -135,7 +136,7 @@ class Engine:
             ),
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             guide=None if params.grammar is None else self._grammars.guide(params.grammar),
-            deadline=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
+            deadline=math.inf if request.timeout_s is None else time.monotonic() + request.timeout_s,
         )
 
     def submit(self, prepared: RunningRequest) -> None:
@@ -148,6 +149,10 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Forget a request: its row and blocks are free before the next step. Unknown ids are ignored."""
         self._mailbox.cancel(request_id)
+
+    def expire_all(self) -> None:
+        """End every request as if its time were up."""
+        self._mailbox.expire_all()
 
     def adopt(self, members: Membership) -> None:
         """Enter this epoch before the next step."""
@@ -195,7 +200,7 @@ class Engine:
             self._roster.add(prepared)
         for request_id in mail.cancelled:
             self._roster.forget(request_id)
-        outputs = self._roster.expire(time.monotonic())
+        outputs = self._roster.expire(math.inf if mail.expire_all else time.monotonic())
         if self._roster:
             outputs += self.step() if self._links.linked else self._give_up()
         if outputs:

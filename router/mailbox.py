@@ -10,11 +10,12 @@ from router.running import RunningRequest
 
 @dataclass(frozen=True)
 class Mail:
-    """Taken in one go: requests to start, ids to forget, the newest membership to enter."""
+    """Taken in one go: requests to start, ids to forget, the newest membership to enter, whether all requests' time is up."""
 
     submitted: tuple[RunningRequest, ...] = ()
     cancelled: tuple[str, ...] = ()
     members: Membership | None = None
+    expire_all: bool = False
 
 
 class Mailbox:
@@ -25,6 +26,7 @@ class Mailbox:
         self._submitted: list[RunningRequest] = []
         self._cancelled: list[str] = []
         self._members: Membership | None = None
+        self._expire_all = False
         self._closed = False
 
     @property
@@ -50,6 +52,11 @@ class Mailbox:
             self._members = members
             self._changed.notify()
 
+    def expire_all(self) -> None:
+        with self._changed:
+            self._expire_all = True
+            self._changed.notify()
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -59,9 +66,9 @@ class Mailbox:
         """Wait for mail, for `or_until` to be true, or for the timeout; then everything that has come."""
         with self._changed:
             self._changed.wait_for(lambda: self._any() or or_until(), timeout_s)
-            mail = Mail(tuple(self._submitted), tuple(self._cancelled), self._members)
-            self._submitted, self._cancelled, self._members = [], [], None
+            mail = Mail(tuple(self._submitted), tuple(self._cancelled), self._members, self._expire_all)
+            self._submitted, self._cancelled, self._members, self._expire_all = [], [], None, False
             return mail
 
     def _any(self) -> bool:
-        return bool(self._closed or self._submitted or self._cancelled or self._members)
+        return bool(self._closed or self._submitted or self._cancelled or self._members or self._expire_all)

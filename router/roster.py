@@ -28,8 +28,7 @@ class Roster:
         """It waits for its first step."""
         self._live[live.request.id] = live
         self._scheduler.add(live)
-        if live.deadline is not None:
-            heapq.heappush(self._deadlines, (live.deadline, next(self._count), live))
+        heapq.heappush(self._deadlines, (live.deadline, next(self._count), live))
 
     def next_plan(self) -> StepPlan:
         """Of a step to be tried again, else a new one. Not if there is no request."""

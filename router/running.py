@@ -1,5 +1,6 @@
 """RunningRequest: a request inside the engine, waiting or running."""
 
+import math
 from dataclasses import dataclass, field
 
 from router.answer import Answer
@@ -21,7 +22,7 @@ class RunningRequest:
     answer: Answer
     seed: int
     guide: Guide | None = None
-    deadline: float | None = None
+    deadline: float = math.inf
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_cached: int | None = None

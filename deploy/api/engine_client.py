@@ -16,6 +16,10 @@ class RouterLost(Exception):
     """No router answers: it died, and the requests it held with it, or it has not started. str() says which."""
 
 
+class Stopping(Exception):
+    """The server is to stop: it finishes what it has and takes nothing new."""
+
+
 @dataclass(frozen=True)
 class Readiness:
     """Whether a token would come out now; if not, `reason` is a sentence.
@@ -46,7 +50,7 @@ class EngineClient(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Outputs until one has `finish`. Closing it, or cancelling the task that reads it, cancels the request.
 
-        Raises QueueFull, RouterLost, and ValueError for a request that can never run.
+        Raises QueueFull, RouterLost, Stopping, and ValueError for a request that can never run.
         """
         ...
 
@@ -114,6 +118,8 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
             ) from error
         except RouterLost as error:
             raise no_router(error) from error
+        except Stopping as error:
+            raise _unavailable("The server is stopping and takes no more requests.") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
     raise AssertionError(f"{request.id}: the engine's outputs ended without a finish")

@@ -4,15 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from openai import InternalServerError
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
-from tests.cluster.server import DEMO, ROOT, free_port, serving
+from tests.cluster.server import DEMO, ROOT, eventually, free_port, is_ready, serving
 
 pytestmark = pytest.mark.cluster
+
+DRAINS = {"what": "the server drains", "timeout_s": 10.0}
 
 
 def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
@@ -34,11 +38,30 @@ def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_ends_every_process_it_started() -> None:
-    with serving("fabric.kind=local", "experts.shards=3") as server:
+def test_sigterm_lets_requests_end_and_then_every_process_it_started() -> None:
+    """One of two has time enough; the other ends with what it has. Meanwhile new ones are refused."""
+    prompt = {"model": "demo", "prompt": "def f(x):", "temperature": 0, "extra_body": {"ignore_eos": True}}
+    with (
+        serving("fabric.kind=local", "experts.shards=3", "router.drain_s=4") as server,
+        ThreadPoolExecutor() as threads,
+        server.client() as client,
+    ):
         pids = [server.detail()["router_pid"], *_descendants(server.process.pid)]
         assert len(pids) > 3
+        short, long = (
+            threads.submit(client.completions.create, **prompt, max_tokens=length) for length in (100, 1000)
+        )
+        eventually(lambda: server.detail()["num_running"] == 2, what="both run", timeout_s=10)
         server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(InternalServerError, match="stopping") as refused:
+            eventually(
+                lambda: client.completions.create(model="demo", prompt="x", max_tokens=1) and None, **DRAINS
+            )
+        assert refused.value.status_code == 503
+        assert not is_ready(server.url)
+        assert [one.result(60).choices[0].finish_reason for one in (short, long)] == ["length", "length"]
+        assert short.result().usage.completion_tokens == 100
+        assert 100 < long.result().usage.completion_tokens < 1000
         assert server.process.wait(60) == 0
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
 

@@ -57,6 +57,9 @@ class FakeEngine:
         if self.steps and request.id.startswith("probe"):
             self.on_outputs([RequestOutput(request.id, tokens=(1,), finish="length")])
 
+    def expire_all(self) -> None:
+        self.log.append("all expire")
+
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
@@ -123,9 +126,11 @@ async def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     return built
 
 
-def config(*, kind: str) -> AppArgs:
+def config(*, kind: str, **router: Any) -> AppArgs:
     model = {"path": "configs/demo-model", "name": "demo"}
-    return AppArgs.model_validate({"model": model, "fabric": {"kind": kind}, "router": {"max_requests": 3}})
+    return AppArgs.model_validate(
+        {"model": model, "fabric": {"kind": kind}, "router": {"max_requests": 3, **router}}
+    )
 
 
 def experts(**fields: Any) -> dict[str, Any]:
@@ -200,6 +205,32 @@ async def test_an_ingress_that_falls_silent_is_dropped(running: Running) -> None
                 ending = asyncio.ensure_future(anext(silent, "ended"))
     assert running.engine.cancelled == ["1"]
     assert await running.replica.submit("alive", request("3")) is None
+
+
+async def test_a_router_that_drains_takes_nothing_new_and_waits_for_what_runs(running: Running) -> None:
+    attached: Any = running.replica.attach("a")
+    await anext(attached)
+    await running.replica.submit("a", request("1"))
+    draining = asyncio.create_task(running.replica.drain())
+    await asyncio.sleep(0)
+    refusal = await running.replica.submit("a", request("2"))
+    assert refusal is not None
+    assert refusal.kind == "draining"
+    assert (await running.replica.readiness())["reason"] == "the server is stopping"
+    assert not draining.done()
+    running.engine.on_outputs([RequestOutput("1", finish="stop")])
+    await asyncio.wait_for(draining, 5)
+
+
+async def test_a_drain_ends_what_takes_too_long(engines: list[FakeEngine]) -> None:
+    router = Router(config(kind="local", drain_s=0.05))
+    await router.reconfigure(experts())
+    attached: Any = router.attach("a")
+    await anext(attached)
+    await router.submit("a", request("1"))
+    await asyncio.wait_for(router.drain(), 5)
+    assert engines[0].log == ["all expire"]
+    await router.stop()
 
 
 # user_config
