@@ -1,8 +1,9 @@
 """From a config to an engine: the trunk, its fabric, and for `local` the shards. Imports everything heavy."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +12,7 @@ from experts.backends import KernelSettings
 from experts.checkpoint import ExpertCheckpoint
 from experts.config import ExpertsConfig
 from experts.device import default_device, resolve_dtype
-from experts.fabric import Fabric, Membership, StepFailed
+from experts.fabric import Fabric, Membership, StepFailed, Waited
 from experts.fabric.frames import max_rows
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
@@ -23,14 +24,21 @@ from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
 
 
+class EngineRoom(NamedTuple):
+    """An engine that has not started. waited: its fabric's, see Fabric."""
+
+    engine: Engine
+    waited: Callable[[], Mapping[int, Waited]]
+
+
 def build_engine(
     args: AppArgs,
     *,
     local: ExpertsConfig | None,
     on_outputs: Callable[[list[RequestOutput]], None],
     on_lost: Callable[[StepFailed], None],
-) -> Engine:
-    """An engine that has not started. local: the experts that it shall hold itself; None for fabric `tcp`."""
+) -> EngineRoom:
+    """local: the experts that the engine shall hold itself; None for fabric `tcp`."""
     torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
     device = default_device()
     trunk_dtype = resolve_dtype(args.router.dtype, device=device)
@@ -59,7 +67,7 @@ def build_engine(
     )
     if members is not None:
         engine.adopt(members)
-    return engine
+    return EngineRoom(engine, fabric.waited)
 
 
 def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import ray
 from deploy import logs
 from deploy.spec import FleetSpec, ShardState, ShardStats
 from experts.fabric import ShardAddress
+from experts.fabric.layer_log import Layers
 from experts.placement import ExpertPlacement, place_evenly
 
 if TYPE_CHECKING:
@@ -78,8 +79,20 @@ class ShardActor:
         )
 
     def stats(self) -> ShardStats:
-        pairs = self._shard.num_pairs if self._shard else 0
-        return ShardStats(self._rank, os.getpid(), self._node, pairs, _resident_mib())
+        """Waits for the device."""
+        num_pairs, num_activated = self._shard.counts() if self._shard else (0, 0)
+        layers = self._listener.log.total() if self._listener else Layers()
+        return ShardStats(
+            rank=self._rank,
+            pid=os.getpid(),
+            node=self._node,
+            num_pairs=num_pairs,
+            num_activated=num_activated,
+            num_layers=layers.num_layers,
+            num_rows=layers.num_rows,
+            layer_s=layers.seconds,
+            resident_mib=_resident_mib(),
+        )
 
     def note_epoch(self, epoch: int) -> None:
         """A restarted Fleet counts on from the highest epoch that a shard has seen."""

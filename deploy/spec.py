@@ -44,13 +44,21 @@ class ShardState:
 
 @dataclass(frozen=True)
 class ShardStats:
-    """For people and metrics. num_pairs: (token, expert) pairs computed since the start."""
+    """For people and metrics.
+
+    Since the start: num_pairs, (token, expert) pairs computed; num_activated, experts with a pair, of every layer's
+    forward; num_layers, forwards, of num_rows tokens, which took layer_s with the device, without the wire.
+    """
 
     rank: int
     pid: int
     node: str
     num_pairs: int
     resident_mib: float
+    num_activated: int = 0
+    num_layers: int = 0
+    num_rows: int = 0
+    layer_s: float = 0.0
 
 
 @dataclass(frozen=True)

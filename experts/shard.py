@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, Progress, resolve_backend
 from experts.checkpoint import ExpertCheckpoint
+from experts.local_pairs import PairCounts, local_pairs
 from experts.placement import EMPTY, ExpertPlacement
 from experts.weights import ExpertWeights, MoEShape
 
@@ -41,16 +42,15 @@ class ExpertShard:
         self.first_slot = rank * slots_per_rank
         self.slots_per_rank = slots_per_rank
         self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device, settings)
+        self._pairs = local_pairs(first_slot=self.first_slot, num_slots=slots_per_rank, device=device)
         self._one_forward = threading.Lock()
         self._moe_layers = frozenset(shape.moe_layers)
-        self._num_pairs: Tensor | int = 0  # on a CPU a Python int: a tensor's += would cost 30 us
-        if device.type != "cpu":
-            self._num_pairs = torch.zeros((), dtype=torch.int64, device=device)
 
-    @property
-    def num_pairs(self) -> int:
-        """(token, expert) pairs computed since the start. Waits for the device."""
-        return int(self._num_pairs)
+    def counts(self) -> PairCounts:
+        """Of what was computed since the start. Waits for the device, and keeps no forward waiting for that."""
+        with self._one_forward:
+            totals = self._pairs.totals()
+        return PairCounts(*totals.tolist())
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         """Into a local slot, in place, between two forwards: whoever routes to the slot gets the new expert."""
@@ -85,26 +85,8 @@ class ExpertShard:
             raise ValueError(f"shard {self.rank}: layer {layer} has no routed experts")
         if x_TD.shape[0] == 0:
             return
-        to_local = _to_local_on_cpu if phys_TK.is_cpu else _to_local
-        local_TK, num_pairs = to_local(phys_TK, self.first_slot, self.slots_per_rank)
         with self._one_forward:
-            self._backend.forward(layer, x_TD, local_TK, w_TK, out_TD=out_TD)
-            self._num_pairs += num_pairs  # on the device: nobody waits for it here
-
-
-def _to_local(phys_TK: Tensor, first_slot: int, num_slots: int) -> tuple[Tensor, Tensor | int]:
-    """([T, K] local slots, EMPTY where an id is not ours; how many are ours, on the device)."""
-    local_TK = phys_TK - first_slot
-    local_TK.masked_fill_((local_TK < 0) | (local_TK >= num_slots), EMPTY)
-    return local_TK, (local_TK != EMPTY).sum()
-
-
-def _to_local_on_cpu(phys_TK: Tensor, first_slot: int, num_slots: int) -> tuple[Tensor, Tensor | int]:
-    """The same in one compiled loop: on a CPU, to start an operation of torch takes longer than this work."""
-    from experts.backends.cpu_kernel import to_local
-
-    local_TK = torch.empty_like(phys_TK)
-    return local_TK, to_local(phys_TK.contiguous().numpy(), first_slot, num_slots, local_TK.numpy())
+            self._backend.forward(layer, x_TD, self._pairs.local(phys_TK), w_TK, out_TD=out_TD)
 
 
 def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, int]]:

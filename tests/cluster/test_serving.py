@@ -195,7 +195,7 @@ def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> 
     expected = {
         "prompt_tokens_total": answer.usage.prompt_tokens,
         "generation_tokens_total": 30,
-        "requests_finished_total length": 1,
+        "request_success_total length": 1,
         "time_to_first_token_seconds_count": 1,
         "inter_token_latency_seconds_count": 29,
         "e2e_request_latency_seconds_count": 1,
@@ -205,7 +205,7 @@ def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> 
     server.wait_until_ready()  # by a step of its own
     greedy(server, PROMPTS[3], max_tokens=30)
     eventually(
-        lambda: counted()["requests_finished_total length"] > before["requests_finished_total length"],
+        lambda: counted()["request_success_total length"] > before["request_success_total length"],
         what="the request is counted",
         timeout_s=30,
     )
