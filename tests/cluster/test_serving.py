@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.cluster.server import Server, eventually, is_ready
+from tests.dashboard import metrics_shown
 
 pytestmark = pytest.mark.cluster
 
@@ -166,6 +167,17 @@ def test_every_shard_computed_something(server: Server) -> None:
     assert [shard["rank"] for shard in shards] == [0, 1]
     assert all(shard["num_pairs"] > 0 for shard in shards)
     assert len({shard["pid"] for shard in shards} | {server.detail()["router_pid"]}) == 3
+
+
+def test_every_metric_of_the_dashboard_can_be_scraped(server: Server) -> None:
+    greedy(server, PROMPTS[2])
+    port = server.detail()["metrics_port"]
+
+    def missing() -> set[str]:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        return metrics_shown() - set(re.findall(r"^(ray_sparkmoe_\w+)", text, re.MULTILINE))
+
+    eventually(lambda: not missing(), what="every metric is exported", timeout_s=3 * EXPORT_S)
 
 
 @pytest.mark.slow

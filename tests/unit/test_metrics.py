@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from deploy.spec import ShardStats
 from experts.fabric import Waited
 from router.engine import EngineStatus
 from router.request import Request, RequestOutput, SamplingParams
+from tests.dashboard import metrics_shown
 
 STATUS = EngineStatus(
     epoch=1,
@@ -29,9 +31,11 @@ MIB = 2**20
 
 
 class Meter:
-    """A Counter, Gauge or Histogram. values: by its tags."""
+    """A Counter, Gauge or Histogram. values: by its tags. exported: the name that Prometheus knows it by."""
 
-    def __init__(self, name: str, *args: Any) -> None:
+    def __init__(self, kind: str, name: str) -> None:
+        assert (kind == "Counter") == name.endswith("_total"), "Ray would add it to a counter's name"
+        self.exported = f"ray_{name}_bucket" if kind == "Histogram" else f"ray_{name}"
         self.values: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
 
     def set(self, value: float, tags: dict[str, str] | None = None) -> None:
@@ -57,12 +61,18 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> dict[str, Meter]:
     """By name."""
     made: dict[str, Meter] = {}
 
-    def make(name: str, *args: Any) -> Meter:
-        return made.setdefault(name.removeprefix("sparkmoe_"), Meter(name))
+    def make(kind: str, name: str, *args: Any) -> Meter:
+        assert name not in made
+        return made.setdefault(name.removeprefix("sparkmoe_"), Meter(kind, name))
 
     for kind in ("Counter", "Gauge", "Histogram"):
-        monkeypatch.setattr(metrics, kind, make)
+        monkeypatch.setattr(metrics, kind, partial(make, kind))
     return made
+
+
+def test_the_dashboard_shows_every_metric_and_no_other(meters: dict[str, Meter]) -> None:
+    RouterMetrics()
+    assert metrics_shown() == {meter.exported for meter in meters.values()}
 
 
 def test_probes_are_not_counted(meters: dict[str, Meter]) -> None:
