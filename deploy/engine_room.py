@@ -17,6 +17,7 @@ from experts.fabric.frames import max_rows
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
 from experts.placement import place_evenly
+from experts.progress import show
 from experts.shard import load_shard
 from router.engine import Engine
 from router.request import RequestOutput
@@ -43,7 +44,7 @@ def build_engine(
     device = default_device()
     trunk_dtype = resolve_dtype(args.router.dtype, device=device)
     wire_dtype = trunk_dtype if args.fabric.wire_dtype == "auto" else getattr(torch, args.fabric.wire_dtype)
-    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device)
+    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device, report=show("trunk"))
     fabric: Fabric
     members: Membership | None = None
     if local is not None:
@@ -94,7 +95,7 @@ def _local(
                 dtype=dtype,
                 device=device,
                 settings=KernelSettings.of(experts),
-                progress=True,
+                report=show(f"shard {rank}"),
             )
             for rank in range(experts.shards)
         ]

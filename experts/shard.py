@@ -1,21 +1,17 @@
 """ExpertShard: the local experts of one EP rank. Stateless between calls, never imports transformers."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, Progress, resolve_backend
+from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
 from experts.checkpoint import ExpertCheckpoint
 from experts.local_pairs import PairCounts, local_pairs
 from experts.placement import EMPTY, ExpertPlacement
+from experts.progress import Report, each, silent
 from experts.weights import ExpertWeights, MoEShape
-
-_CALM: dict[str, Any] = {"delay": 5.0, "mininterval": 5.0}
-"""Bars go to the log of a process: what is quick leaves no trace there."""
 
 
 class ExpertShard:
@@ -57,23 +53,15 @@ class ExpertShard:
         with self._one_forward:
             self._backend.write_slot(layer, slot, weights)
 
-    def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, progress: bool) -> None:
+    def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, report: Report) -> None:
         """Fill every slot that the placement gives this rank. Reads only those experts from disk."""
-        wanted = list(slots_of(placement, self.rank))
-        for layer, slot, expert in tqdm(
-            wanted, desc=f"shard {self.rank}: experts", disable=not progress, unit="expert", **_CALM
-        ):
+        for layer, slot, expert in each(list(slots_of(placement, self.rank)), "experts", report):
             self.write_slot(layer, slot, checkpoint.read(layer, expert))
 
-    def warm(self, *, top_k: int, progress: bool) -> None:
+    def warm(self, *, top_k: int, report: Report) -> None:
         """Compile and set up what forwards need, so that no request waits for it: see ExpertBackend."""
-        show(
-            self._backend.warm(top_k=top_k),
-            desc=f"shard {self.rank}: kernels",
-            disable=not progress,
-            unit="kernel",
-            **_CALM,
-        )
+        for progress in self._backend.warm(top_k=top_k):
+            report(progress)
 
     def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         """Partial sums of this rank's experts; rows without one are zero.
@@ -97,15 +85,6 @@ def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, 
                 yield layer, slot, expert
 
 
-def show(work: Iterable[Progress], **bar_options: Any) -> None:
-    """Do the work, with a bar. bar_options: tqdm's."""
-    with tqdm(**bar_options) as bar:
-        for done, total, what in work:
-            bar.total = total
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
-
-
 def load_shard(
     checkpoint: ExpertCheckpoint,
     placement: ExpertPlacement,
@@ -115,7 +94,7 @@ def load_shard(
     dtype: torch.dtype,
     device: torch.device,
     settings: KernelSettings = DEFAULTS,
-    progress: bool = False,
+    report: Report = silent,
 ) -> ExpertShard:
     """A shard that is ready: its experts read from a checkpoint, its kernels warm. backend: may be `auto`."""
     shard = ExpertShard(
@@ -127,7 +106,7 @@ def load_shard(
         device=device,
         settings=settings,
     )
-    shard.load(checkpoint, placement, progress=progress)
+    shard.load(checkpoint, placement, report=report)
     if checkpoint.top_k is not None:
-        shard.warm(top_k=checkpoint.top_k, progress=progress)
+        shard.warm(top_k=checkpoint.top_k, report=report)
     return shard
