@@ -1,8 +1,9 @@
 """From a config to an engine: the trunk, its fabric, and for `local` the shards. Imports everything heavy."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,17 +13,25 @@ from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint_index import CheckpointIndex
 from experts.config import ExpertsConfig
 from experts.device import default_device, resolve_dtype
-from experts.fabric import Fabric, Membership, StepFailed
+from experts.fabric import Fabric, Membership, StepFailed, Waited
 from experts.fabric.frames import max_rows
 from experts.fabric.local import LocalFabric, local_membership
 from experts.fabric.tcp import TcpFabric
 from experts.placement import place_evenly
+from experts.progress import show
 from experts.shard import load_shard
 from router.engine import Engine
 from router.kv_cache import memory_for
 from router.request import RequestOutput
 from router.tokenizer import Tokenizer, eos_token_ids
 from router.trunk import Trunk
+
+
+class EngineRoom(NamedTuple):
+    """An engine that has not started. waited: its fabric's, see Fabric."""
+
+    engine: Engine
+    waited: Callable[[], Mapping[int, Waited]]
 
 
 def build_engine(
@@ -32,8 +41,8 @@ def build_engine(
     shares_gpu: bool,
     on_outputs: Callable[[list[RequestOutput]], None],
     on_lost: Callable[[StepFailed], None],
-) -> Engine:
-    """An engine that has not started. shares_gpu: a shard is, or will be, on the same one.
+) -> EngineRoom:
+    """shares_gpu: a shard is, or will be, on the same one.
 
     Raises ValueError for what cannot be.
     """
@@ -41,7 +50,7 @@ def build_engine(
     device = default_device()
     trunk_dtype = resolve_dtype(args.router.dtype, device=device)
     wire_dtype = trunk_dtype if args.fabric.wire_dtype == "auto" else getattr(torch, args.fabric.wire_dtype)
-    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device)
+    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device, report=show("trunk"))
     fabric: Fabric
     members: Membership | None = None
     if args.fabric.kind == "local":
@@ -70,7 +79,7 @@ def build_engine(
     )
     if members is not None:
         engine.adopt(members)
-    return engine
+    return EngineRoom(engine, fabric.waited)
 
 
 def shard_bytes(path: Path, *, num_shards: int) -> int:
@@ -105,7 +114,7 @@ def _local(
                 dtype=dtype,
                 device=device,
                 settings=KernelSettings.of(experts),
-                progress=True,
+                report=show(f"shard {rank}"),
             )
             for rank in range(experts.shards)
         ]

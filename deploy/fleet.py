@@ -109,7 +109,7 @@ class Fleet:
     async def overview(self) -> FleetOverview:
         """For people and metrics: the shards that answer, and why the others do not."""
         await self._recover()
-        asked = [shard.handle.stats.remote() for shard in self._living() if shard.address]
+        asked = [shard.handle.stats.remote() for shard in self._living() if shard.runs]
         answers = await asyncio.gather(
             *(asyncio.wait_for(one, POLL_S) for one in asked), return_exceptions=True
         )
@@ -191,7 +191,7 @@ class Fleet:
         if not chosen:
             return
         taken = {
-            rank: Shard(rank, name, Seat(states[name].node), found[name], states[name].address)
+            rank: Shard(rank, name, Seat(states[name].node), found[name], states[name].address, runs=True)
             for rank, name in chosen.items()
         }
         logger.info("took over shards %s of %s", sorted(taken), self._app)

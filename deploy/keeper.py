@@ -123,6 +123,7 @@ class Keeper:
         finally:
             started.cancel()
             self._waits_for = ""
+        shard.runs = True
         shard.seat = Seat(node)  # from here on, Ray's own numbers count it
 
     async def _load(self, shard: Shard) -> ShardAddress:

@@ -12,6 +12,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from deploy.cluster import Application, application, cluster, gist, ignore_interrupts, reach, tell
 from deploy.config import HttpOptions, ServeFile, explain
+from deploy.loading import Loading
 from deploy.readiness import LaunchError, readiness
 from experts.checkpoint_index import CheckpointIndex
 from router.model_config import check_family
@@ -83,29 +84,32 @@ def complaints(details: dict[str, Any]) -> str:
 
 
 def _wait_until_ready(config: ServeFile, app: Application) -> None:
-    """Prints why not, whenever that changes. LaunchError if Serve gives up or it takes too long."""
+    """Prints why not, whenever that changes, and how far the shards are. LaunchError if Serve gives up or it takes too long."""
     limit_s = config.applications[0].args.fleet.start_timeout_s + ROUTER_START_S
     ends = time.monotonic() + limit_s
     told = ""
-    while True:
-        details = app.details()
-        if details is None or details["status"] == "DEPLOY_FAILED":
-            why = "it was deleted" if details is None else complaints(details)
-            raise LaunchError(f"the application did not start: {why}")
-        ready, reason, more = _readiness(config.url)
-        if ready:
-            return
-        if hopeless := more.get("hopeless"):
-            raise ValueError(hopeless)
-        why = "; ".join(filter(None, [reason, complaints(details)]))
-        if time.monotonic() > ends:
-            raise LaunchError(
-                f"not ready within {limit_s:.0f} s: {why or f'nothing answers at {config.url}'}"
-            )
-        if why not in ("", told):
-            tell(f"waiting: {why}")
-            told = why
-        time.sleep(POLL_S)
+    with Loading() as loading:
+        while True:
+            details = app.details()
+            if details is None or details["status"] == "DEPLOY_FAILED":
+                why = "it was deleted" if details is None else complaints(details)
+                raise LaunchError(f"the application did not start: {why}")
+            ready, reason, more = _readiness(config.url)
+            if ready:
+                return
+            if hopeless := more.get("hopeless"):
+                raise ValueError(hopeless)
+            why = "; ".join(filter(None, [reason, complaints(details)]))
+            if time.monotonic() > ends:
+                raise LaunchError(
+                    f"not ready within {limit_s:.0f} s: {why or f'nothing answers at {config.url}'}"
+                )
+            if why not in ("", told):
+                loading.clear()
+                tell(f"waiting: {why}")
+                told = why
+            loading.show(more.get("shards", ()))
+            time.sleep(POLL_S)
 
 
 def _readiness(url: str) -> tuple[bool, str, dict[str, Any]]:

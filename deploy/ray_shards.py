@@ -19,13 +19,17 @@ from experts.fabric import ShardAddress
 
 @dataclass(eq=False)
 class Shard:
-    """A shard that lives, as far as the Fleet knows. lost: set when a router could not reach it."""
+    """A shard that lives, as far as the Fleet knows.
+
+    runs: whether Ray has started its process. lost: set when a router could not reach it.
+    """
 
     rank: int
     name: str
     seat: Seat
     handle: Any  # ray's proxy of a ShardActor; its methods are not typed
     address: ShardAddress | None = None
+    runs: bool = False
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 

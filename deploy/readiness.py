@@ -3,8 +3,11 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
+
+from experts.progress import Progress
 
 
 class LaunchError(Exception):
@@ -27,12 +30,26 @@ def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
 def describe(ready: bool, reason: str, detail: dict[str, Any]) -> list[str]:
     """The lines of `sparkmoe status`. What is empty is left out."""
     shards = detail.get("shards", [])
-    told = [(key, value) for key, value in detail.items() if key != "shards" and value not in ("", None)]
+    rest = {key: value for key, value in detail.items() if key != "shards"}
     return [
         "ready" if ready else f"not ready: {reason}",
-        *(f"  {key}: {value}" for key, value in told),
-        *("  shard " + ", ".join(f"{key} {value}" for key, value in shard.items()) for shard in shards),
+        *(f"  {key}: {value}" for key, value in _told(rest)),
+        *("  shard " + ", ".join(f"{key} {value}" for key, value in _told(shard)) for shard in shards),
     ]
+
+
+def loading_of(shard: Mapping[str, Any]) -> Progress | None:
+    """shard: of the detail's shards."""
+    loading = shard.get("loading")
+    return Progress(**loading) if loading else None
+
+
+def _told(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Without what is empty."""
+    texts = {key: f"{value:.1f}" if isinstance(value, float) else str(value) for key, value in detail.items()}
+    if progress := loading_of(detail):
+        texts["loading"] = str(progress)
+    return [(key, text) for key, text in texts.items() if detail[key] not in ("", None)]
 
 
 def _get(url: str) -> tuple[int, bytes]:

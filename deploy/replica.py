@@ -10,7 +10,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +29,7 @@ from experts.config import ExpertsConfig
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from experts.fabric import Membership, StepFailed
+    from experts.fabric import Membership, StepFailed, Waited
     from router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class RouterReplica:
         self._metrics = RouterMetrics()
         self._metrics_port: int | None = None
         self._engine: Engine | None = None
+        self._waited: Callable[[], Mapping[int, Waited]] = dict
         self._experts: ExpertsConfig | None = None
         self._refused = ""  # why the newest user_config is not in force
         self._members: Membership | None = None
@@ -210,7 +211,7 @@ class RouterReplica:
         def to_loop(call: Callable[[T], None]) -> Callable[[T], None]:
             return lambda argument: loop.call_soon_threadsafe(call, argument) and None
 
-        engine = await asyncio.to_thread(
+        engine, self._waited = await asyncio.to_thread(
             build_engine,
             self._args,
             experts=experts,
@@ -243,6 +244,7 @@ class RouterReplica:
                 self._metrics.snapshot(
                     self._engine.status(),
                     overview.shards if overview else (),
+                    self._waited(),
                     num_shards=len(self._members.shards) if self._members else 0,
                 )
             except Exception:  # one failure must not stop all gauges for good

@@ -12,7 +12,9 @@ import ray
 from deploy import logs
 from deploy.spec import FleetSpec, ShardState, ShardStats
 from experts.fabric import ShardAddress
+from experts.fabric.layer_log import Layers
 from experts.placement import ExpertPlacement, place_evenly
+from experts.progress import Progress, show
 
 if TYPE_CHECKING:
     from experts.fabric.link import ShardListener
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ShardActor:
-    """Threaded: `load` runs while `describe` answers. Exits by itself when its lease, first spec.lease_s, lapses."""
+    """Threaded: while `load` runs, the others answer. Exits by itself when its lease, first spec.lease_s, lapses."""
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
         logs.configure()
@@ -32,6 +34,8 @@ class ShardActor:
         self._placement: ExpertPlacement | None = None
         self._listener: ShardListener | None = None
         self._shard: ExpertShard | None = None
+        self._loading: Progress | None = Progress(0, 1, "libraries")
+        self._show = show(f"shard {rank}")
         self._node = ray.get_runtime_context().get_node_id()
         self._watched = threading.Event()
         self._lease_ends = time.monotonic() + spec.lease_s
@@ -60,11 +64,12 @@ class ShardActor:
                 dtype=resolve_dtype(spec.dtype, device=device),
                 device=device,
                 settings=KernelSettings.of(experts),
-                progress=True,
+                report=self._report,
             )
         host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)
         self._listener = ShardListener(self._shard, host=host, name=self._name, token=token)
         self._address = self._listener.address
+        self._loading = None
         return self._address
 
     def describe(self) -> ShardState:
@@ -78,8 +83,21 @@ class ShardActor:
         )
 
     def stats(self) -> ShardStats:
-        pairs = self._shard.num_pairs if self._shard else 0
-        return ShardStats(self._rank, os.getpid(), self._node, pairs, _resident_mib())
+        """Waits for the device."""
+        num_pairs, num_activated = self._shard.counts() if self._shard else (0, 0)
+        layers = self._listener.log.total() if self._listener else Layers()
+        return ShardStats(
+            rank=self._rank,
+            pid=os.getpid(),
+            node=self._node,
+            num_pairs=num_pairs,
+            num_activated=num_activated,
+            num_layers=layers.num_layers,
+            num_rows=layers.num_rows,
+            layer_s=layers.seconds,
+            resident_mib=_resident_mib(),
+            loading=self._loading,
+        )
 
     def note_epoch(self, epoch: int) -> None:
         """A restarted Fleet counts on from the highest epoch that a shard has seen."""
@@ -96,6 +114,10 @@ class ShardActor:
         before, self._watched = self._watched, threading.Event()
         before.set()
         self._watched.wait()
+
+    def _report(self, progress: Progress) -> None:
+        self._loading = progress
+        self._show(progress)
 
     def _exit_without_lease(self) -> None:
         while time.monotonic() < self._lease_ends:

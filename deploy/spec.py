@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from experts.config import ExpertsConfig
+from experts.progress import Progress
 
 if TYPE_CHECKING:
     from experts.fabric import ShardAddress
@@ -44,18 +45,27 @@ class ShardState:
 
 @dataclass(frozen=True)
 class ShardStats:
-    """For people and metrics. num_pairs: (token, expert) pairs computed since the start."""
+    """For people and metrics. loading: how far it is, None once it serves.
+
+    Since the start: num_pairs, (token, expert) pairs computed; num_activated, experts with a pair, of every layer's
+    forward; num_layers, forwards, of num_rows tokens, which took layer_s with the device, without the wire.
+    """
 
     rank: int
     pid: int
     node: str
     num_pairs: int
     resident_mib: float
+    num_activated: int = 0
+    num_layers: int = 0
+    num_rows: int = 0
+    layer_s: float = 0.0
+    loading: Progress | None = None
 
 
 @dataclass(frozen=True)
 class FleetOverview:
-    """problems: by rank, a sentence why it has no shard. hopeless: what a user must mend, or nothing comes up.
+    """shards: those that answer, also while they load. problems: by rank, a sentence why it has no shard. hopeless: what a user must mend, or nothing comes up.
 
     refused: why the newest spec was refused while an older one goes on. Both are "" if there is nothing of the kind.
     """

@@ -10,6 +10,7 @@ from experts.checkpoint_index import CheckpointIndex
 from experts.hf_config import read_config
 from experts.layouts import PARTS, ExpertTensor, count_layers, layer_of, parse_expert
 from experts.nvfp4 import GROUP, dequantize
+from experts.progress import Report, each, silent
 from experts.tensor_files import TensorFiles
 from experts.weights import ExpertWeights, Nvfp4Weight
 
@@ -80,7 +81,9 @@ class ExpertCheckpoint(CheckpointIndex):
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def trunk_tensors(path: Path, *, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
+def trunk_tensors(
+    path: Path, *, dtype: torch.dtype = torch.bfloat16, report: Report = silent
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model that is not a routed expert's, with the name that the dense model gives it.
 
     NVFP4 and FP8 weights are dequantised to `dtype`; others come as they are stored. Scales are consumed, and
@@ -88,9 +91,13 @@ def trunk_tensors(path: Path, *, dtype: torch.dtype = torch.bfloat16) -> Iterato
     """
     with TensorFiles(path) as files:
         num_layers = count_layers(files, stated=read_config(path).num_layers)
-        for name in files:
-            if not parse_expert(name) and (layer_of(name) or 0) < num_layers and not name.endswith(_CONSUMED):
-                yield name.replace(".weight_packed", ".weight"), _read_trunk(files, name, dtype)
+        names = [
+            name
+            for name in files
+            if not parse_expert(name) and (layer_of(name) or 0) < num_layers and not name.endswith(_CONSUMED)
+        ]
+        for name in each(names, "tensors", report):
+            yield name.replace(".weight_packed", ".weight"), _read_trunk(files, name, dtype)
 
 
 _CONSUMED = (

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.hf_config import read_config
 from experts.nvfp4 import GROUP, input_scale, quantize, scale_2_of
+from experts.progress import each, show, silent
 from experts.tensor_files import INDEX
 from experts.tensor_writer import write_tensors
 
@@ -105,7 +105,7 @@ def _tensors(
         yield name, checkpoint.files.read(name)
     shape = checkpoint.shape
     experts = [(layer, expert) for layer in shape.moe_layers for expert in range(shape.num_experts)]
-    for layer, expert in tqdm(experts, desc="quantize", disable=not progress, unit="expert"):
+    for layer, expert in each(experts, "experts", show("quantize") if progress else silent):
         yield from _quantize_expert(checkpoint, layer, expert, amax[layer])
 
 

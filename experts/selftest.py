@@ -21,7 +21,7 @@ from experts.backends.b12x_numerics import is_static
 from experts.device import resolve_dtype
 from experts.nvfp4 import dequantize, quantize, scale_2_of
 from experts.placement import EMPTY
-from experts.shard import show
+from experts.progress import show
 from experts.weights import ExpertWeights, MoEShape
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03}
@@ -211,7 +211,9 @@ def results_of(
     try:
         backend = _filled(name, layer, experts, dtype, device)
         emulation = _filled("b12x-emulated", layer, experts, dtype, device) if name == "b12x" else None
-        show(backend.warm(top_k=layer.top_k), desc=f"{name}, {layer.name}: kernels", delay=1.0, leave=False)
+        report = show(f"{name}, {layer.name}")
+        for progress in backend.warm(top_k=layer.top_k):
+            report(progress)
     except Exception as error:  # noqa: BLE001 whatever a library raises, the other backends are tested
         yield _failure("set up", error)
         return

@@ -1,20 +1,17 @@
 """ExpertShard: the local experts of one EP rank. Stateless between calls, never imports transformers."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, Progress, resolve_backend
+from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
 from experts.checkpoint import ExpertCheckpoint
+from experts.local_pairs import PairCounts, local_pairs
 from experts.placement import EMPTY, ExpertPlacement
+from experts.progress import Report, each, silent
 from experts.weights import ExpertWeights, MoEShape
-
-_CALM: dict[str, Any] = {"delay": 5.0, "mininterval": 5.0}
-"""Bars go to the log of a process: what is quick leaves no trace there."""
 
 
 class ExpertShard:
@@ -41,39 +38,30 @@ class ExpertShard:
         self.first_slot = rank * slots_per_rank
         self.slots_per_rank = slots_per_rank
         self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device, settings)
+        self._pairs = local_pairs(first_slot=self.first_slot, num_slots=slots_per_rank, device=device)
         self._one_forward = threading.Lock()
         self._moe_layers = frozenset(shape.moe_layers)
-        self._num_pairs: Tensor | int = 0  # on a CPU a Python int: a tensor's += would cost 30 us
-        if device.type != "cpu":
-            self._num_pairs = torch.zeros((), dtype=torch.int64, device=device)
 
-    @property
-    def num_pairs(self) -> int:
-        """(token, expert) pairs computed since the start. Waits for the device."""
-        return int(self._num_pairs)
+    def counts(self) -> PairCounts:
+        """Of what was computed since the start. Waits for the device, and keeps no forward waiting for that."""
+        with self._one_forward:
+            totals = self._pairs.totals()
+        return PairCounts(*totals.tolist())
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         """Into a local slot, in place, between two forwards: whoever routes to the slot gets the new expert."""
         with self._one_forward:
             self._backend.write_slot(layer, slot, weights)
 
-    def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, progress: bool) -> None:
+    def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, report: Report) -> None:
         """Fill every slot that the placement gives this rank. Reads only those experts from disk."""
-        wanted = list(slots_of(placement, self.rank))
-        for layer, slot, expert in tqdm(
-            wanted, desc=f"shard {self.rank}: experts", disable=not progress, unit="expert", **_CALM
-        ):
+        for layer, slot, expert in each(list(slots_of(placement, self.rank)), "experts", report):
             self.write_slot(layer, slot, checkpoint.read(layer, expert))
 
-    def warm(self, *, top_k: int, progress: bool) -> None:
+    def warm(self, *, top_k: int, report: Report) -> None:
         """Compile and set up what forwards need, so that no request waits for it: see ExpertBackend."""
-        show(
-            self._backend.warm(top_k=top_k),
-            desc=f"shard {self.rank}: kernels",
-            disable=not progress,
-            unit="kernel",
-            **_CALM,
-        )
+        for progress in self._backend.warm(top_k=top_k):
+            report(progress)
 
     def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         """Partial sums of this rank's experts; rows without one are zero.
@@ -85,26 +73,8 @@ class ExpertShard:
             raise ValueError(f"shard {self.rank}: layer {layer} has no routed experts")
         if x_TD.shape[0] == 0:
             return
-        to_local = _to_local_on_cpu if phys_TK.is_cpu else _to_local
-        local_TK, num_pairs = to_local(phys_TK, self.first_slot, self.slots_per_rank)
         with self._one_forward:
-            self._backend.forward(layer, x_TD, local_TK, w_TK, out_TD=out_TD)
-            self._num_pairs += num_pairs  # on the device: nobody waits for it here
-
-
-def _to_local(phys_TK: Tensor, first_slot: int, num_slots: int) -> tuple[Tensor, Tensor | int]:
-    """([T, K] local slots, EMPTY where an id is not ours; how many are ours, on the device)."""
-    local_TK = phys_TK - first_slot
-    local_TK.masked_fill_((local_TK < 0) | (local_TK >= num_slots), EMPTY)
-    return local_TK, (local_TK != EMPTY).sum()
-
-
-def _to_local_on_cpu(phys_TK: Tensor, first_slot: int, num_slots: int) -> tuple[Tensor, Tensor | int]:
-    """The same in one compiled loop: on a CPU, to start an operation of torch takes longer than this work."""
-    from experts.backends.cpu_kernel import to_local
-
-    local_TK = torch.empty_like(phys_TK)
-    return local_TK, to_local(phys_TK.contiguous().numpy(), first_slot, num_slots, local_TK.numpy())
+            self._backend.forward(layer, x_TD, self._pairs.local(phys_TK), w_TK, out_TD=out_TD)
 
 
 def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, int]]:
@@ -113,15 +83,6 @@ def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, 
         for slot, expert in enumerate(row):
             if expert != EMPTY:
                 yield layer, slot, expert
-
-
-def show(work: Iterable[Progress], **bar_options: Any) -> None:
-    """Do the work, with a bar. bar_options: tqdm's."""
-    with tqdm(**bar_options) as bar:
-        for done, total, what in work:
-            bar.total = total
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
 
 
 def load_shard(
@@ -133,7 +94,7 @@ def load_shard(
     dtype: torch.dtype,
     device: torch.device,
     settings: KernelSettings = DEFAULTS,
-    progress: bool = False,
+    report: Report = silent,
 ) -> ExpertShard:
     """A shard that is ready: its experts read from a checkpoint, its kernels warm. backend: may be `auto`."""
     shard = ExpertShard(
@@ -145,7 +106,7 @@ def load_shard(
         device=device,
         settings=settings,
     )
-    shard.load(checkpoint, placement, progress=progress)
+    shard.load(checkpoint, placement, report=report)
     if checkpoint.top_k is not None:
-        shard.warm(top_k=checkpoint.top_k, progress=progress)
+        shard.warm(top_k=checkpoint.top_k, report=report)
     return shard

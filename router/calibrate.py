@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from experts.checkpoint import ExpertCheckpoint
+from experts.progress import Progress, Report, show, silent
 from router.attention import Chunk, PagedAttention, plan_attention
 from router.kv_cache import BlockTables, KVCache
 from router.tokenizer import Tokenizer
@@ -41,24 +41,29 @@ def calibrate(checkpoint: Path, text: Path, *, progress: bool) -> dict[int, tupl
     with ExpertCheckpoint(checkpoint) as experts:
         if experts.format != "dense":
             raise ValueError(f"{checkpoint}: is already quantised; give the BF16 checkpoint")
-        trunk = Trunk(checkpoint, dtype=dtype, device=device)
+        report = show("calibrate") if progress else silent
+        trunk = Trunk(checkpoint, dtype=dtype, device=device, report=report)
         sequences = _sequences(checkpoint, text, max_tokens=min(SEQUENCE_TOKENS, trunk.shape.max_model_len))
-        num_layers = len(experts.shape.moe_layers)
-        with tqdm(total=num_layers, desc="calibrate", disable=not progress, unit="layer") as bar:
-            recorder = _Recorder(experts, bar)
-            _forward(trunk, sequences, recorder)
+        recorder = _Recorder(experts, report)
+        _forward(trunk, sequences, recorder)
+        recorder.report_layers()
         return recorder.amax
 
 
 class _Recorder:
     """Computes routed experts, weights from disk, and records what enters their matrices."""
 
-    def __init__(self, experts: ExpertCheckpoint, bar: tqdm) -> None:
+    def __init__(self, experts: ExpertCheckpoint, report: Report) -> None:
         self.amax: dict[int, tuple[float, float]] = {}
         self._experts = experts
-        self._bar = bar
+        self._report = report
+
+    def report_layers(self) -> None:
+        """How many are done."""
+        self._report(Progress(len(self.amax), len(self._experts.shape.moe_layers), "layers"))
 
     def moe(self, layer: int, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor:
+        self.report_layers()
         out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         down_amax = x_TD.new_zeros(())
         for expert in range(self._experts.shape.num_experts):
@@ -71,7 +76,6 @@ class _Recorder:
             out_TD.index_add_(0, token_R, (h_RI @ down.T).float() * w_TK[token_R, k_R, None])
             down_amax = torch.maximum(down_amax, h_RI.abs().amax())  # unlike max(), it keeps a NaN
         self.amax[layer] = (x_TD.abs().amax().item(), down_amax.item())
-        self._bar.update()
         return out_TD.to(x_TD.dtype)
 
 

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from experts.checkpoint import trunk_tensors
 from experts.checkpoint_index import CheckpointIndex
+from experts.progress import Report, silent
 from router import cpu_kernel
 from router.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
 from router.fused import fuse_norms, fuse_rope
@@ -31,13 +32,15 @@ class RoutedExperts(Protocol):
 class Trunk:
     """Embedding, attention, gate, shared experts and head. Used by one thread at a time."""
 
-    def __init__(self, path: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, *, dtype: torch.dtype, device: torch.device, report: Report = silent
+    ) -> None:
         """Raises ValueError, in a sentence, for a checkpoint that we do not serve."""
         config = read_config(path)
         self.shape = shape_of(config)
         self.dtype = dtype
         self.device = device
-        self._model = _load(path, config, dtype=dtype, device=device)
+        self._model = _load(path, config, dtype=dtype, device=device, report=report)
         with CheckpointIndex(path) as index:
             _check_experts(self._model, index)
 
@@ -62,12 +65,14 @@ class Trunk:
         return output.logits[0]
 
 
-def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(
+    path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, report: Report
+) -> Any:
     family: Any = _without_experts(config)
     model, info = family.from_pretrained(
         None,
         config=config,
-        state_dict=dict(trunk_tensors(path, dtype=dtype)),
+        state_dict=dict(trunk_tensors(path, dtype=dtype, report=report)),
         dtype=dtype,
         attn_implementation=ATTENTION,
         experts_implementation=_EXPERTS,

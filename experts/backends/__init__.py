@@ -5,13 +5,14 @@ T tokens, D hidden, K top-k, e local slots, I intermediate.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from experts.backends.b12x_layout import Scales
 from experts.config import ExpertsConfig
+from experts.progress import Progress
 from experts.weights import ExpertWeights, MoEShape
 
 
@@ -28,14 +29,6 @@ class KernelSettings:
 
 
 DEFAULTS = KernelSettings()
-
-
-class Progress(NamedTuple):
-    """done of total pieces of work; what: the next of them."""
-
-    done: int
-    total: int
-    what: str
 
 
 class ExpertBackend(Protocol):

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experts.backends import ExpertBackend, Progress
+from experts.backends import ExpertBackend
 from experts.backends.b12x_layout import Scales
 from experts.backends.b12x_library import disable_micro, enable_micro
 from experts.backends.b12x_w4a4 import W4A4Layer, W4A4Workspaces
 from experts.backends.b12x_w4a16 import W4A16Layer, W4A16Workspaces
+from experts.progress import Progress
 from experts.weights import ExpertWeights, MoEShape
 
 Mode = Literal["w4a4", "w4a16"]
@@ -95,10 +96,10 @@ class B12xBackend(ExpertBackend):
         work = [(first, size) for size in sizes]
         work += [(layer, size) for layer in others for size in {sizes[0], sizes[-1]}]
         for done, (layer, size) in enumerate(work):
-            yield Progress(done, len(work), f"layer {layer}, {size} tokens")
+            yield Progress(done, len(work), "kernels", f"layer {layer}, {size} tokens")
             buffers.ids_TK[:size].fill_(-1)
             self._run(layer, buffers, *buffers.rows(size))
-        yield Progress(len(work), len(work), "ready")
+        yield Progress(len(work), len(work), "kernels")
         self._buckets = sizes
 
     def _turn(

@@ -23,19 +23,25 @@ _forward = f"void({_rows}, {_ids}, {_rows}, {_codes}, {_scales}, {_codes}, {_sca
 _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
-@njit(f"int64({_ids}, int64, int64, {_ids})", **_fast)
-def to_local(phys_TK: Array, first_slot: int, num_slots: int, local_TK: Array) -> int:
-    """local_TK = slots of a shard, -1 where an id is not in [first_slot, first_slot + num_slots). Returns how many are."""
-    num_local = 0
+@njit(f"UniTuple(int64, 2)({_ids}, int64, int64, {_ids})", **_fast)
+def to_local(phys_TK: Array, first_slot: int, num_slots: int, local_TK: Array) -> tuple[int, int]:
+    """local_TK = slots of a shard, -1 where an id is not in [first_slot, first_slot + num_slots).
+
+    Returns how many are, and how many slots they are of.
+    """
+    num_local = num_slots_hit = 0
+    hit_e = np.zeros(num_slots, np.bool_)
     for t in range(phys_TK.shape[0]):
         for k in range(phys_TK.shape[1]):
             local = np.int64(phys_TK[t, k]) - first_slot
             if 0 <= local < num_slots:
                 local_TK[t, k] = local
                 num_local += 1
+                num_slots_hit += not hit_e[local]
+                hit_e[local] = True
             else:
                 local_TK[t, k] = -1
-    return num_local
+    return num_local, num_slots_hit
 
 
 @njit(**_fast)

@@ -4,9 +4,9 @@ A router's step is: begin(header), then for every MoE layer in order dispatch an
 to one *epoch*: a Membership that the router adopted between two steps. T tokens, D hidden, K top-k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from experts.placement import ExpertPlacement
 
@@ -104,8 +104,18 @@ class Ticket:
     rows: int
 
 
+class Waited(NamedTuple):
+    """Of one link since it was opened: the answers that came, and the seconds that `combine` waited for them.
+
+    Answers are read in rank order, so a rank's seconds are what it took longer than the ranks before it.
+    """
+
+    num_answers: int
+    seconds: float
+
+
 class Fabric(Protocol):
-    """The router's end. One thread calls it, except `abort` and `close`."""
+    """The router's end. One thread calls it, except `waited`, `abort` and `close`."""
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
         """Enter an epoch: keep the links to shards that stay, open the missing ones, close the rest.
@@ -131,6 +141,10 @@ class Fabric(Protocol):
         out_TD may have any dtype and device; it is undefined after an error. Raises one PeerLost for all ranks that
         were lost since `connect`, or, if none was, one ShardFailed for all that failed.
         """
+        ...
+
+    def waited(self) -> Mapping[int, Waited]:
+        """From any thread: for whom `combine` has waited how long, by rank, of the links that are open now."""
         ...
 
     def abort(self, reason: str) -> None:

@@ -1,12 +1,12 @@
 """Fabric `faulty`: another fabric, and the faults to play. For tests; each fault strikes once."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from experts.fabric import Fabric, Membership, PeerLost, ShardFailed, StepHeader, Ticket
+from experts.fabric import Fabric, Membership, PeerLost, ShardFailed, StepHeader, Ticket, Waited
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,9 @@ class FaultyFabric:
         ):
             self._play(fault)
         self._raise_if_due(layer=ticket.layer)
+
+    def waited(self) -> Mapping[int, Waited]:
+        return self._inner.waited()
 
     def abort(self, reason: str) -> None:
         self._inner.abort(reason)

@@ -15,6 +15,7 @@ from torch import Tensor
 from experts.fabric import FabricError, ShardAddress
 from experts.fabric.frames import Form, Kind, LayerFrame, PartialFrame, error_frame, layer_of
 from experts.fabric.handshake import prove_shard
+from experts.fabric.layer_log import LayerLog
 from experts.fabric.sockets import (
     listen_here,
     ms_since_ack,
@@ -55,10 +56,11 @@ class LinkedShard(Protocol):
 class ShardListener:
     """Serves one shard to any number of routers, from threads of its own, until `close`.
 
-    address: what a Membership needs to reach this shard.
+    address: what a Membership needs to reach this shard. log: of the layers that all links have answered.
     """
 
     def __init__(self, shard: LinkedShard, *, host: str, name: str, token: bytes) -> None:
+        self.log = LayerLog()
         self._shard = shard
         unix = f"sparkmoe-{os.getpid()}-{secrets.token_hex(8)}"
         self._listening = [socket.create_server((host, 0)), listen_here(unix)]
@@ -134,7 +136,7 @@ class ShardListener:
     def _serve(self, sock: socket.socket) -> None:
         name, token = self.address.name, self.address.token
         try:
-            serve_link(sock, self._shard, name=name, token=token, proven=self._proven)
+            serve_link(sock, self._shard, name=name, token=token, log=self.log, proven=self._proven)
         finally:
             self._proven()
             with self._lock:
@@ -143,11 +145,17 @@ class ShardListener:
 
 
 def serve_link(
-    sock: socket.socket, shard: LinkedShard, *, name: str, token: bytes, proven: Callable[[], None]
+    sock: socket.socket,
+    shard: LinkedShard,
+    *,
+    name: str,
+    token: bytes,
+    log: LayerLog,
+    proven: Callable[[], None],
 ) -> None:
     """Answer one router until it goes or breaks the protocol. Raises for nothing that a peer did.
 
-    sock: connected; the caller's, to close afterwards. proven: called once the router has proved itself.
+    sock: connected; the caller's, to close afterwards. log: gets every layer. proven: called once the router has proved itself.
     """
     thread = threading.current_thread().name
     try:
@@ -156,14 +164,14 @@ def serve_link(
         proven()
         logger.info("%s: open", thread)
         with torch.no_grad():
-            _answer_layers(sock, shard)
+            _answer_layers(sock, shard, log)
     except FabricError as error:
         logger.warning("%s: closed: %s", thread, error)
     except OSError as error:
         logger.info("%s: ended: %s", thread, error)
 
 
-def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
+def _answer_layers(sock: socket.socket, shard: LinkedShard, log: LayerLog) -> None:
     """LAYER in, PARTIAL out, in buffers of this link. Returns after an ERROR."""
     request = LayerFrame(pinned=shard.device.type == "cuda")
     reply = PartialFrame(pinned=shard.device.type == "cuda")
@@ -176,6 +184,7 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
             reply.lay_out(form.shape)
             reply.form[:] = reply.known_form
             workspace.lay_out(request, reply)
+        began = time.perf_counter()
         try:
             workspace.forward(layer_of(request))
         except Exception as error:
@@ -183,8 +192,10 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard) -> None:
             logger.exception("shard %d: layer %d failed", shard.rank, layer_of(request))
             send_frame(sock, error_frame(f"{type(error).__name__}: {error}"), keep_waiting=wait_on)
             return
+        took_s = time.perf_counter() - began
         reply.moment[:] = request.moment
         send_frame(sock, reply.frame, keep_waiting=wait_on)
+        log.add(request.shape.rows, took_s)  # while the router is at work
 
 
 class _Patrol:

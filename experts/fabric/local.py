@@ -1,11 +1,11 @@
 """Fabric `local`: every shard in the router's process, the same calls without a wire."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from experts.fabric import Aborted, Membership, ShardAddress, StepHeader, Ticket
+from experts.fabric import Aborted, Membership, ShardAddress, StepHeader, Ticket, Waited
 from experts.placement import ExpertPlacement
 from experts.shard import ExpertShard
 
@@ -38,6 +38,9 @@ class LocalFabric:
         for partial_TD in self._partials[1:]:
             sum_TD = sum_TD + partial_TD
         out_TD.copy_(sum_TD)
+
+    def waited(self) -> Mapping[int, Waited]:
+        return {}  # there are no links
 
     def abort(self, reason: str) -> None:
         self._aborted = reason

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from experts.fabric import ShardAddress
+from experts.fabric import ShardAddress, Waited
 from experts.fabric.frames import BadFrame, Form, LayerFrame, PartialFrame, layer_of
 from experts.fabric.handshake import prove_router
 from experts.fabric.open_sockets import OpenSockets
@@ -31,7 +31,7 @@ class Patience(NamedTuple):
 
 
 class ShardLink:
-    """Used by one thread. Owns its socket, one of `sockets`, and the memory of the shard's last answer."""
+    """Used by one thread, but for `waited`. Owns its socket, one of `sockets`, and the memory of the shard's last answer."""
 
     def __init__(self, address: ShardAddress, sock: socket.socket, sockets: OpenSockets) -> None:
         self.address = address
@@ -45,6 +45,8 @@ class ShardLink:
         self._reported = False
         self._began_at = 0.0
         self._sent_at = 0.0
+        self._num_answers = 0
+        self._waited_s = 0.0
 
     @classmethod
     def open(cls, address: ShardAddress, sockets: OpenSockets, *, timeout_s: float) -> Self:
@@ -104,7 +106,13 @@ class ShardLink:
         if reply.moment != request.moment:
             raise BadFrame("an answer to another layer")
         self._owes_answer = False
+        self._num_answers += 1
+        self._waited_s += time.monotonic() - self._began_at
         return reply.partial_TD
+
+    def waited(self) -> Waited:
+        """From any thread."""
+        return Waited(self._num_answers, self._waited_s)
 
     def close(self) -> None:
         self._sockets.close(self._socket)

@@ -16,7 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from experts.fabric import FabricError, Membership, PeerLost, ShardAddress, ShardFailed, StepHeader, Ticket
+from experts.fabric import (
+    FabricError,
+    Membership,
+    PeerLost,
+    ShardAddress,
+    ShardFailed,
+    StepHeader,
+    Ticket,
+    Waited,
+)
 from experts.fabric.frames import FrameShape, LayerFrame, write_moment
 from experts.fabric.open_sockets import OpenSockets
 from experts.fabric.shard_link import Patience, ShardLink
@@ -100,6 +109,9 @@ class TcpFabric:
             self._raise_if(PeerLost, self._lost, layer=ticket.layer, since=self._dispatched_at)
             self._raise_if(ShardFailed, self._failed, layer=ticket.layer, since=self._dispatched_at)
             _sum_in_float32(partials, self._sum_TD, out_TD)
+
+    def waited(self) -> Mapping[int, Waited]:
+        return {rank: link.waited() for rank, link in list(self._links.items())}
 
     def abort(self, reason: str) -> None:
         self._sockets.abort(reason, for_ever=False)

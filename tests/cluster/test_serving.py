@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.cluster.server import Server, eventually, is_ready
+from tests.dashboard import metrics_shown
 
 pytestmark = pytest.mark.cluster
 
@@ -168,6 +169,17 @@ def test_every_shard_computed_something(server: Server) -> None:
     assert len({shard["pid"] for shard in shards} | {server.detail()["router_pid"]}) == 3
 
 
+def test_every_metric_of_the_dashboard_can_be_scraped(server: Server) -> None:
+    greedy(server, PROMPTS[2])
+    port = server.detail()["metrics_port"]
+
+    def missing() -> set[str]:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        return metrics_shown() - set(re.findall(r"^(ray_sparkmoe_\w+)", text, re.MULTILINE))
+
+    eventually(lambda: not missing(), what="every metric is exported", timeout_s=3 * EXPORT_S)
+
+
 @pytest.mark.slow
 def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> None:
     port = server.detail()["metrics_port"]
@@ -195,7 +207,7 @@ def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> 
     expected = {
         "prompt_tokens_total": answer.usage.prompt_tokens,
         "generation_tokens_total": 30,
-        "requests_finished_total length": 1,
+        "request_success_total length": 1,
         "time_to_first_token_seconds_count": 1,
         "inter_token_latency_seconds_count": 29,
         "e2e_request_latency_seconds_count": 1,
@@ -205,7 +217,7 @@ def test_metrics_count_what_users_asked_for_and_nothing_else(server: Server) -> 
     server.wait_until_ready()  # by a step of its own
     greedy(server, PROMPTS[3], max_tokens=30)
     eventually(
-        lambda: counted()["requests_finished_total length"] > before["requests_finished_total length"],
+        lambda: counted()["request_success_total length"] > before["request_success_total length"],
         what="the request is counted",
         timeout_s=30,
     )

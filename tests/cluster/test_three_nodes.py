@@ -101,7 +101,10 @@ class Deployed:
         return answer.choices[0].text
 
     def _ready_with(self, shards: int) -> bool:
-        return is_ready(self.url) and len(self.detail()["shards"]) == shards
+        if not is_ready(self.url):
+            return False
+        found = self.detail()["shards"]
+        return len(found) == shards and not any(shard["loading"] for shard in found)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from deploy.spec import FleetSpec, ShardState, ShardStats
 from experts.config import ExpertsConfig
 from experts.fabric import ShardAddress
 from experts.placement import ExpertPlacement, even_placement
+from experts.progress import Progress
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo-model"
 
@@ -92,7 +93,8 @@ class FakeShardActor:
         )
 
     async def stats(self) -> ShardStats:
-        return ShardStats(self._rank, pid=0, node=self._node, num_pairs=0, resident_mib=0.0)
+        loading = None if self._address else Progress(1, 2, "experts")
+        return ShardStats(self._rank, pid=0, node=self._node, num_pairs=0, resident_mib=0.0, loading=loading)
 
     async def note_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -181,7 +181,9 @@ def test_any_split_of_the_experts_sums_to_the_whole(
     partials = [forward(shard, case.x_TD, phys_TK, case.w_TK) for shard in shards]
     unsplit = forward(whole(backend, torch.float32), case.x_TD, case.logical_TK, case.w_TK)
     assert_near(torch.stack(partials).sum(0), unsplit)
-    assert sum(shard.num_pairs for shard in shards) == here_TK.sum()
+    assert sum(shard.counts().num_pairs for shard in shards) == here_TK.sum()
+    num_activated = len(case.logical_TK[here_TK].unique())
+    assert sum(shard.counts().num_activated for shard in shards) == num_activated
 
 
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
@@ -208,7 +210,7 @@ def test_no_tokens_are_no_work() -> None:
     ids_TK = torch.empty(0, 2, dtype=torch.int32)
     shard = make_shard(ONE_RANK, 0, "torch", torch.float32)
     shard.forward(LAYER, empty, ids_TK, torch.empty(0, 2), out_TD=torch.empty_like(empty))
-    assert shard.num_pairs == 0
+    assert shard.counts() == (0, 0)
 
 
 class NoBackend(ExpertBackend):
@@ -247,7 +249,7 @@ def test_a_forward_waits_for_no_device_and_counts_its_pairs(idle_shard: ExpertSh
     assert "aten._local_scalar_dense.default" not in operations.names  # what reads a number from a device
     with torch.inference_mode():
         forward(idle_shard, case.x_TD, case.logical_TK, case.w_TK)
-    assert idle_shard.num_pairs == 12
+    assert idle_shard.counts() == (12, 4)
 
 
 def test_links_in_parallel_lose_no_count(idle_shard: ExpertShard) -> None:
@@ -260,7 +262,7 @@ def test_links_in_parallel_lose_no_count(idle_shard: ExpertShard) -> None:
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(link) for _ in range(4)]:
             done.result(timeout=60)
-    assert idle_shard.num_pairs == 4 * 300 * 12
+    assert idle_shard.counts() == (4 * 300 * 12, 4 * 300 * 3)
 
 
 def test_backend_cpu_refuses_another_device() -> None:

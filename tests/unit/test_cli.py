@@ -155,7 +155,10 @@ def test_status_tells_all_that_is_not_empty() -> None:
         "router_pid": 1,
         "hopeless": "",
         "refused": "experts.shards=33 is too many",
-        "shards": [{"rank": 0, "pid": 2}],
+        "shards": [
+            {"rank": 0, "pid": 2, "layer_s": 0.123, "loading": None},
+            {"rank": 1, "loading": {"done": 3, "total": 9, "work": "experts", "now": ""}},
+        ],
     }
     report = {"ready": False, "reason": "shard 1 is being replaced", "detail": detail}
     with answering(503, json.dumps(report).encode()) as url:
@@ -165,7 +168,8 @@ def test_status_tells_all_that_is_not_empty() -> None:
         "not ready: shard 1 is being replaced",
         "  router_pid: 1",
         "  refused: experts.shards=33 is too many",
-        "  shard rank 0, pid 2",
+        "  shard rank 0, pid 2, layer_s 0.1",
+        "  shard rank 1, loading experts 3/9",
     ]
 
 

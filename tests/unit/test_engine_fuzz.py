@@ -127,7 +127,7 @@ class Clients(RuleBasedStateMachine):
     def lose_a_shard(self, rank: int, layer: int) -> None:
         """In the next step that there is. Layer 1 is dense: nothing is lost there."""
         next_step = self.server.engine.status().num_steps
-        self.fabric.pending = [Lost(rank=rank, step=next_step, layer=layer)]
+        self.fabric.pending[:] = [Lost(rank=rank, step=next_step, layer=layer)]
 
     def teardown(self) -> None:
         if not hasattr(self, "server"):

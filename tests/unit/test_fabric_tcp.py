@@ -66,6 +66,21 @@ def test_the_wire_may_be_narrower_than_shard_and_trunk() -> None:
             )
 
 
+def test_both_ends_count_layers_and_the_time_that_a_slow_shard_takes() -> None:
+    slow = FakeShard(1, num_ranks=2, trouble={2: lambda: time.sleep(0.1)})
+    shards = [FakeShard(0, num_ranks=2), slow]
+    with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:
+        for layer, rows in ((0, 5), (1, 300), (2, 1)):
+            through(fabric, layer, layer_input(rows))
+        waited = fabric.waited()
+    logs = [listener.log.total() for listener in listeners]  # complete once their threads have ended
+    assert [(log.num_layers, log.num_rows) for log in logs] == [(3, 306)] * 2
+    assert [wait.num_answers for wait in waited.values()] == [3, 3]
+    assert logs[1].seconds >= 0.1
+    assert waited[1].seconds > 0.05  # from when shard 0's answer had been read
+    assert fabric.waited() == {}, "it is closed"
+
+
 def test_every_number_of_rows_from_1_to_100_and_none() -> None:
     shards = fake_shards(2)
     with listening(shards) as listeners, connected(*addresses_of(listeners)) as fabric:

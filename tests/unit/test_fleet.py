@@ -11,6 +11,7 @@ from deploy import fleet as fleet_module
 from deploy.fleet import Fleet
 from deploy.spec import FleetOverview
 from experts.fabric import Membership
+from experts.progress import Progress
 from tests.unit.fake_ray_shards import FakeRayShards, fleet_spec, kill_fleet
 
 pytestmark = pytest.mark.anyio
@@ -72,6 +73,24 @@ async def test_a_shard_that_a_router_lost_is_replaced_only_in_that_epoch(shards:
     await fleet.report_lost("router", first.epoch, [1])
     second = await next_members(fleet, first)
     assert [old == new for old, new in zip(first.shards, second.shards, strict=True)] == [True, False]
+
+
+async def test_shards_that_load_are_in_the_overview_and_those_that_do_not_run_yet_keep_nobody_waiting(
+    shards: FakeRayShards,
+) -> None:
+    shards.may_start.clear()
+    shards.may_load.clear()
+    fleet = Fleet("app", lease_s=LEASE_S, shards=shards)
+    await fleet.reconcile(fleet_spec())
+    await until(lambda: len(shards.handles) == 2)
+    assert (await fleet.overview()).shards == ()
+    shards.may_start.set()
+    await until(lambda: all(shard.runs for shard in fleet._living()))
+    loading = [shard.loading for shard in (await fleet.overview()).shards]
+    assert loading == [Progress(1, 2, "experts")] * 2
+    shards.may_load.set()
+    await next_members(fleet)
+    assert [shard.loading for shard in (await fleet.overview()).shards] == [None, None]
 
 
 # A Fleet after another

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from deploy import cluster, launch
+from deploy import cluster, launch, loading
 from deploy.cluster import Application, ClusterGone, gist, refuse_to_share, stop_fleet
 from deploy.config import load
 from deploy.readiness import LaunchError
@@ -58,6 +58,7 @@ class FakeApplication(Application):
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     clock = FakeClock()
     monkeypatch.setattr(launch, "time", clock)
+    monkeypatch.setattr(loading, "time", clock)
     monkeypatch.setattr(cluster, "time", clock)
     return clock
 
@@ -94,6 +95,23 @@ def test_a_wait_tells_why_whenever_that_changes(
         f"waiting: Router: {NO_GPU}",
         f"waiting: no shards; Router: {NO_GPU}",
     ]
+
+
+def test_a_wait_shows_how_far_the_shards_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = iter(range(100))
+
+    def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
+        progress = {"done": next(done), "total": 99, "work": "experts", "now": ""}
+        detail = {"shards": [{"rank": 0, "loading": progress}]}
+        return progress["done"] == 99, "not linked", detail
+
+    monkeypatch.setattr(launch, "readiness", readiness)
+    launch._wait_until_ready(CHECKED, FakeApplication(serving("DEPLOYING")))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["waiting: not linked", "loading: shard 0: experts 25/99"]
+    assert len(lines) == 4
 
 
 def test_a_wait_ends_with_its_reason(answers: Callable[..., None], clock: FakeClock) -> None:

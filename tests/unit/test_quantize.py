@@ -1,6 +1,7 @@
 """quantize_checkpoint(): the same checkpoint as ModelOpt writes, or none."""
 
 import json
+import logging
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import experts.quantize
+from experts import progress
 from experts.checkpoint import ExpertCheckpoint
 from experts.quantize import quantize_checkpoint
 from experts.tensor_files import INDEX
@@ -128,11 +130,15 @@ def test_leaves_nothing_behind_when_interrupted(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shows_progress_if_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shows_progress_if_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "LINE_S", 0)
     quantize_checkpoint(DENSE, tmp_path / "quiet", amax=AMAX, progress=False)
-    assert capfd.readouterr().err == ""
+    assert not caplog.messages
     quantize_checkpoint(DENSE, tmp_path / "loud", amax=AMAX, progress=True)
-    assert "4/4" in capfd.readouterr().err
+    assert caplog.messages[-1] == "quantize: experts 4/4"
 
 
 # What is refused

@@ -113,9 +113,11 @@ async def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """Every engine that was built."""
     built: list[FakeEngine] = []
 
-    def build(args: AppArgs, *, experts: ExpertsConfig, shares_gpu: bool, **callbacks: Any) -> FakeEngine:
+    def build(
+        args: AppArgs, *, experts: ExpertsConfig, shares_gpu: bool, **callbacks: Any
+    ) -> tuple[FakeEngine, Any]:
         built.append(FakeEngine(**callbacks))
-        return built[-1]
+        return built[-1], dict
 
     monkeypatch.setattr(engine_room, "build_engine", build)
     monkeypatch.setattr(replica, "_metrics_port", lambda: 8080)

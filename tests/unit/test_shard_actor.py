@@ -15,6 +15,9 @@ from deploy.spec import NAMESPACE
 from experts import shard
 from experts.backends import KernelSettings
 from experts.config import ExpertsConfig
+from experts.progress import Progress
+from experts.shard import ExpertShard
+from experts.weights import ExpertWeights
 from tests.unit.fake_ray_shards import fleet_spec
 
 
@@ -38,6 +41,24 @@ def test_what_a_user_chose_of_the_experts_reaches_the_kernel(
         actor.load()
     assert load.call_args.kwargs["backend"] == "b12x-emulated"
     assert load.call_args.kwargs["settings"] == KernelSettings(scales="baked", micro=True)
+
+
+def test_a_shard_tells_how_far_it_is_while_it_loads(
+    actor: ShardActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_actor.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    told: list[Progress | None] = []
+
+    class Watched(ExpertShard):
+        def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+            told.append(actor.stats().loading)
+            super().write_slot(layer, slot, weights)
+
+    monkeypatch.setattr(shard, "ExpertShard", Watched)
+    assert actor.stats().loading == Progress(0, 1, "libraries")
+    actor.load()
+    assert actor.stats().loading is None
+    assert told == [Progress(done, 6 * 16, "experts") for done in range(6 * 16)]
 
 
 def test_a_new_watch_releases_the_one_before(actor: ShardActor) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.backends import BACKENDS, ExpertBackend, KernelSettings, Progress
+from experts.backends import BACKENDS, ExpertBackend, KernelSettings
 from experts.backends.b12x_emulated import B12xEmulatedBackend
 from experts.backends.b12x_layout import Scales
 from experts.checkpoint import ExpertCheckpoint
 from experts.checkpoint_index import CheckpointIndex
 from experts.placement import place_evenly
+from experts.progress import Progress
 from experts.shard import ExpertShard, load_shard
 from experts.weights import ExpertWeights, MoEShape
 from router.model_config import FAMILIES
@@ -37,9 +38,9 @@ class NeedsWarmth(ExpertBackend):
     ) -> None: ...
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
-        yield Progress(0, 1, "a kernel")
+        yield Progress(0, 1, "kernels", "a kernel")
         self.did.append(f"warm for top-{top_k}")
-        yield Progress(1, 1, "ready")
+        yield Progress(1, 1, "kernels")
 
 
 def test_a_shard_that_was_loaded_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,94 @@
+"""How far a long work is: a bar on a terminal, lines in a log elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+BAR_AFTER_S = 1.0
+LINE_S = 5.0
+"""Between two lines, and before the first: work that is over by then leaves no trace in a log."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done of total pieces. work: what they are, such as `experts`. now: the next of them, "" if nobody need know."""
+
+    done: int
+    total: int
+    work: str
+    now: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.work} {self.done}/{self.total}"
+
+
+Report = Callable[[Progress], None]
+"""Is told before every piece of a work, and at its end."""
+
+
+def silent(progress: Progress) -> None:
+    """A Report to nobody."""
+
+
+def show(name: str) -> Report:
+    """To a person. name: whose work it is, such as `shard 1`."""
+    return _Bar(name) if sys.stderr.isatty() else _Lines(name)
+
+
+def each(pieces: Sequence[T], work: str, report: Report) -> Iterator[T]:
+    """The pieces, to be worked on one after the other."""
+    for done, piece in enumerate(pieces):
+        report(Progress(done, len(pieces), work))
+        yield piece
+    report(Progress(len(pieces), len(pieces), work))
+
+
+class _Bar:
+    """One work after the other, each with a bar of its own, which is gone at its end."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bar: tqdm | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        from tqdm import tqdm  # most processes have no terminal
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=progress.total, desc=f"{self._name}: {progress.work}", delay=BAR_AFTER_S, leave=False
+            )
+        self._bar.set_postfix_str(progress.now, refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+        if progress.done == progress.total:
+            self._bar.close()
+            self._bar = None
+
+
+class _Lines:
+    """One work after the other, a line now and then."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._line_at: float | None = None
+        self._told = False
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._line_at is None:
+            self._line_at = now + LINE_S
+        over = progress.done == progress.total
+        if now >= self._line_at or (over and self._told):
+            logger.info("%s: %s", self._name, ", ".join(filter(None, [str(progress), progress.now])))
+            self._told, self._line_at = True, now + LINE_S
+        if over:
+            self._told, self._line_at = False, None
