@@ -39,7 +39,8 @@ def build_engine(
     fabric: Fabric
     members: Membership | None = None
     if local is not None:
-        fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device)
+        progress = args.api.log_format == "text"
+        fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device, progress=progress)
     else:
         _check_step(args, hidden=trunk.shape.hidden, wire_dtype=wire_dtype)
         fabric = TcpFabric(
@@ -73,7 +74,7 @@ def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:
 
 
 def _local(
-    path: Path, experts: ExpertsConfig, *, dtype: torch.dtype, device: torch.device
+    path: Path, experts: ExpertsConfig, *, dtype: torch.dtype, device: torch.device, progress: bool
 ) -> tuple[LocalFabric, Membership]:
     with ExpertCheckpoint(path) as checkpoint:
         placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
@@ -86,7 +87,7 @@ def _local(
                 dtype=dtype,
                 device=device,
                 settings=KernelSettings.of(experts),
-                progress=True,
+                progress=progress,
             )
             for rank in range(experts.shards)
         ]

@@ -23,7 +23,7 @@ class ShardActor:
     """Threaded: `load` runs while `describe` answers. Exits by itself when its lease, first spec.lease_s, lapses."""
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
-        logs.configure()
+        logs.configure(spec.log_format)
         self._spec = spec
         self._rank = rank
         self._name = name
@@ -60,7 +60,7 @@ class ShardActor:
                 dtype=resolve_dtype(spec.dtype, device=device),
                 device=device,
                 settings=KernelSettings.of(experts),
-                progress=True,
+                progress=spec.log_format == "text",
             )
         host, token = ray.util.get_node_ip_address(), secrets.token_bytes(32)
         self._listener = ShardListener(self._shard, host=host, name=self._name, token=token)

@@ -52,8 +52,19 @@ def _as_prompts(value: object) -> object:
 
 # fail_fast: or a long list of rubbish becomes a list of errors, hundreds of times its size.
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
-Prompts = Annotated[list[str | TokenIds], Field(min_length=1, fail_fast=True), BeforeValidator(_as_prompts)]
-StopStrings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(max_length=16)]
+Prompts = Annotated[
+    list[str | TokenIds],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(
+        _as_prompts,
+        json_schema_input_type=str | Annotated[list[str | int | list[int]], Field(min_length=1)],
+    ),
+]
+StopStrings = Annotated[
+    tuple[str, ...],
+    Field(max_length=16),
+    BeforeValidator(_listed, json_schema_input_type=str | Annotated[list[str], Field(max_length=16)]),
+]
 NotServed = Annotated[Any, _only()]
 
 
