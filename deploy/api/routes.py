@@ -30,6 +30,7 @@ CHAT = Operation(
     {200: Completion},
     errors=(400, 404, 429, 503),
     body=ChatCompletionRequest,
+    example={"messages": [{"role": "user", "content": "Write a haiku."}], "max_tokens": 32},
     streams=True,
 )
 COMPLETION = Operation(
@@ -38,6 +39,7 @@ COMPLETION = Operation(
     {200: Completion},
     errors=(400, 404, 429, 503),
     body=CompletionRequest,
+    example={"prompt": "def add(a, b):", "max_tokens": 32},
     streams=True,
 )
 TOKENIZE = Operation(
@@ -46,6 +48,7 @@ TOKENIZE = Operation(
     {200: TokenizeResponse},
     errors=(400, 404, 503),
     body=TokenizeRequest,
+    example={"prompt": "def add(a, b):"},
 )
 DETOKENIZE = Operation(
     "detokenize",
@@ -53,6 +56,7 @@ DETOKENIZE = Operation(
     {200: DetokenizeResponse},
     errors=(400, 404),
     body=DetokenizeRequest,
+    example={"tokens": [1, 2, 3]},
 )
 MODELS = Operation("list_models", "The model that is served, in a list", {200: ModelList}, errors=(503,))
 MODEL = Operation("get_model", "The model that is served", {200: ModelDescription}, errors=(404, 503))

@@ -16,6 +16,17 @@ from deploy.version import version
 Handler = Callable[..., Awaitable[Response]]
 
 _REF = "#/components/schemas/{model}"
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "JSON of a part of the answer; of the last event, [DONE], or of an error if it failed.",
+            "contentMediaType": "application/json",
+        }
+    },
+    "required": ["data"],
+}
 _NULL = {"type": "null"}
 _ALWAYS = (413, 500)
 """What may befall any request."""
@@ -67,7 +78,7 @@ class Version(TypedDict):
 class Operation:
     """What the schema says of one route. answers: their shapes by status. errors: statuses beside those of every request.
 
-    streams: 200 may be a stream of events instead.
+    streams: 200 may be a stream of events instead. example: of the body, without its model.
     """
 
     id: str
@@ -75,6 +86,7 @@ class Operation:
     answers: Mapping[int, Any]
     errors: tuple[int, ...] = ()
     body: type[BaseModel] | None = None
+    example: Mapping[str, Any] | None = None
     streams: bool = False
 
 
@@ -104,7 +116,8 @@ class DescribedApp(FastAPI):
             operation_id=operation.id,
             summary=operation.summary,
             responses=_responses(operation, (401,) if guarded else ()),
-            openapi_extra=_request_body(operation.body) | ({"security": [{"key": []}]} if guarded else {}),
+            openapi_extra=_request_body(operation, self._model)
+            | ({"security": [{"key": []}]} if guarded else {}),
         )
 
     def openapi(self) -> dict[str, Any]:
@@ -125,15 +138,18 @@ def _responses(operation: Operation, more: tuple[int, ...]) -> dict[int | str, d
         for status, shape in (errors | dict(operation.answers)).items()
     }
     if operation.streams:
-        found[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        found[200]["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
     return found
 
 
-def _request_body(body: type[BaseModel] | None) -> dict[str, Any]:
-    if body is None:
+def _request_body(operation: Operation, model: str) -> dict[str, Any]:
+    if operation.body is None:
         return {}
-    content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
-    return {"requestBody": {"required": True, "content": content}}
+    content = {
+        "schema": {"$ref": _REF.format(model=operation.body.__name__)},
+        "example": {"model": model, **(operation.example or {})},
+    }
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
 def _body_schemas(bodies: list[type[BaseModel]], *, model: str) -> dict[str, Any]:
@@ -152,7 +168,7 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     if "anyOf" in schema:
         others = [choice for choice in schema["anyOf"] if choice != _NULL]
         return schema | {"anyOf": [*others, _NULL]}
-    if not schema.keys() & {"type", "$ref"}:
+    if not schema.keys() & {"type", "$ref", "enum"}:
         return schema  # anything
     around = {key: schema[key] for key in ("title", "description", "default") if key in schema}
     return {"anyOf": [{key: schema[key] for key in schema.keys() - around.keys()}, _NULL], **around}
