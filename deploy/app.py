@@ -9,7 +9,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deploy import logs
-from deploy.api.ingress import Served, build_ingress
+from deploy.api.ingress import Served
+from deploy.api.keys import read_keys
+from deploy.api.routes import build_ingress
 from deploy.client import HandleClient
 from deploy.config import AppArgs
 from deploy.replica import RouterReplica
@@ -29,7 +31,7 @@ class IngressReplica:
     """Answers HTTP. Serve calls `__serve_build_asgi_app__` after the constructor, in the replica's event loop."""
 
     def __init__(self, router: DeploymentHandle, args: AppArgs) -> None:
-        logs.configure()
+        logs.configure(args.api.log_format)
         self._args = args
         self._client = HandleClient(router)
         self._client.start()
@@ -44,12 +46,16 @@ class IngressReplica:
         path, name = self._args.model.path, self._args.model.name
         model = Served(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
         logger.info("unless a request says otherwise: %s", model.defaults)
-        return build_ingress(client=self._client, tokenizer=Tokenizer(path), model=model)
+        return build_ingress(
+            client=self._client, tokenizer=Tokenizer(path), model=model, config=self._args.api
+        )
 
 
 def build(args: AppArgs) -> Application:
-    """Refuses, with a sentence, a model that cannot be served before any replica starts."""
+    """Refuses, with a sentence, a model that cannot be served and keys that cannot be read before any replica starts."""
     check_family(args.model.path)
+    if args.api.keys_file is not None:
+        read_keys(args.api.keys_file)
     ingress_class: Any = serve.ingress()(IngressReplica)
     grace_s = args.router.drain_s + LEAVE_S
     router = _deployment(RouterReplica, name="Router", grace_s=grace_s)

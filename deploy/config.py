@@ -6,28 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from deploy.api.config import ApiConfig
+from deploy.paths import FromRoot
 from experts.config import Config, ExpertsConfig, FabricConfig
 from router.config import RouterConfig
 
 Amount = Annotated[float, Field(ge=0)]
 
-ROOT = Path(__file__).resolve().parents[1]
-"""Relative paths of a config are from here: `build` never sees where the file was."""
-
 
 class ModelConfig(Config):
-    path: Path
+    path: FromRoot
     """Directory of the checkpoint, on every node; relative to the directory that holds deploy/."""
 
     name: str = Field(min_length=1)
     """What clients call it."""
-
-    @field_validator("path")
-    @classmethod
-    def _from_root(cls, path: Path) -> Path:
-        return ROOT / path
 
 
 class FleetConfig(Config):
@@ -48,6 +42,7 @@ class AppArgs(Config):
     fabric: FabricConfig = FabricConfig()
     router: RouterConfig = RouterConfig()
     fleet: FleetConfig = FleetConfig()
+    api: ApiConfig = ApiConfig()
 
 
 class RouterUserConfig(Config):
@@ -58,7 +53,7 @@ class RouterUserConfig(Config):
 
 class HttpOptions(Config):
     host: str = "127.0.0.1"
-    """Serve's own default for a file is 0.0.0.0; the endpoint has no authentication, so ours is this machine."""
+    """Serve's own default for a file is 0.0.0.0; the endpoint asks for no key unless told to, so ours is this machine."""
 
     port: int = Field(default=8000, ge=1, le=65535)
     root_path: str = ""
@@ -122,6 +117,16 @@ class ServeFile(Config):
     http_options: HttpOptions = HttpOptions()
     logging_config: dict[str, Any] = Field(default_factory=dict)
     applications: tuple[Application]
+
+    @model_validator(mode="after")
+    def _ours_before_serves(self) -> "ServeFile":
+        ours, serves = self.applications[0].args.api.request_timeout_s, self.http_options.request_timeout_s
+        if ours is not None and serves is not None and ours >= serves:
+            raise ValueError(
+                f"args.api.request_timeout_s={ours} must be below http_options.request_timeout_s={serves}, "
+                "when Serve cuts the connection"
+            )
+        return self
 
     @property
     def url(self) -> str:

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from deploy import logs
 from deploy.epochs import Epochs
 from deploy.keeper import Keeper
+from deploy.logs import LogFormat
 from deploy.nodes import Seat
 from deploy.ray_shards import RayShards, Shard
 from deploy.spec import FleetOverview, FleetSpec, ShardState, ShardStats
@@ -38,9 +39,11 @@ NOBODY = ""
 class Fleet:
     """All methods run in one event loop; nothing here is on the path of a token."""
 
-    def __init__(self, app: str, *, lease_s: float, shards: RayShards | None = None) -> None:
+    def __init__(
+        self, app: str, *, lease_s: float, log_format: LogFormat = "text", shards: RayShards | None = None
+    ) -> None:
         """In that event loop. lease_s: how long it waits for its first router, also when it is restarted."""
-        logs.configure()
+        logs.configure(log_format)
         self._app = app
         self._shards = shards or RayShards(app)
         self._spec: FleetSpec | None = None

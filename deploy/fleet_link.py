@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
+from deploy.logs import LogFormat
 from deploy.spec import NAMESPACE, FleetOverview, FleetSpec, fleet_name
 
 if TYPE_CHECKING:
@@ -36,11 +37,18 @@ class FleetLink:
     """Lives in the replica's event loop. on_members: called there with every new membership."""
 
     def __init__(
-        self, app: str, router: str, *, lease_s: float, on_members: "Callable[[Membership], None]"
+        self,
+        app: str,
+        router: str,
+        *,
+        lease_s: float,
+        log_format: LogFormat,
+        on_members: "Callable[[Membership], None]",
     ) -> None:
         self._app = app
         self._router = router
         self._lease_s = lease_s
+        self._log_format: LogFormat = log_format
         self._patience_s = lease_s / 2  # with a call of _hold_lease, or the lease would lapse meanwhile
         self._on_members = on_members
         self._spec: FleetSpec | None = None
@@ -131,13 +139,13 @@ class FleetLink:
     def _fleet(self) -> Any:
         """The application's Fleet, started if there is none. The handle outlives restarts of the Fleet."""
         if self._handle is None or self._in_doubt:
-            self._handle = start_fleet(self._app, lease_s=self._lease_s)
+            self._handle = start_fleet(self._app, lease_s=self._lease_s, log_format=self._log_format)
             self._in_doubt = False
         return self._handle
 
 
-def start_fleet(app: str, *, lease_s: float) -> Any:
-    """Ray's proxy of the one Fleet of an application, which may be running already."""
+def start_fleet(app: str, *, lease_s: float, log_format: LogFormat) -> Any:
+    """Ray's proxy of the one Fleet of an application, which may be running already, with what it was started with."""
     from deploy.fleet import Fleet  # reads checkpoints, for which building the application need not wait
 
     return (
@@ -152,5 +160,5 @@ def start_fleet(app: str, *, lease_s: float) -> Any:
             get_if_exists=True,
             num_cpus=0,
         )
-        .remote(app, lease_s=lease_s)
+        .remote(app, lease_s=lease_s, log_format=log_format)
     )

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from deploy.api.keys import read_keys
 from deploy.cluster import Application, application, cluster, gist, ignore_interrupts, reach, tell
 from deploy.config import HttpOptions, ServeFile, explain
 from deploy.loading import Loading
@@ -52,11 +53,13 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
 
 
 def check(config: ServeFile, *, address: str) -> None:
-    """What can be known before anything is started: the checkpoint; the port, unless a Serve that runs may hold it;
+    """What can be known before anything is started: the checkpoint; the API keys; the port, unless a Serve that runs may hold it;
     that a cluster is where it is said to be."""
     application = config.applications[0]
     path, num_shards = application.args.model.path, application.experts.shards
     check_family(path)
+    if application.args.api.keys_file is not None:
+        read_keys(application.args.api.keys_file)
     with CheckpointIndex(path) as checkpoint:
         num_experts = checkpoint.shape.num_experts
         if checkpoint.format == "dense":

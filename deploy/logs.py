@@ -1,16 +1,60 @@
 """What our processes write to the log: plain Ray actors write nothing below WARNING by themselves."""
 
+import json
 import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
 
 ROOMS = ("deploy", "experts", "router")
 
+LogFormat = Literal["text", "json"]
 
-def configure() -> None:
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the HTTP request that the current task serves; "" outside of one. Every line that it logs has it."""
+
+
+def configure(log_format: LogFormat) -> None:
     """Our INFO lines go to stderr, which Ray keeps in its log files, unless a handler takes them already. Idempotent."""
     for room in ROOMS:
         logger = logging.getLogger(room)
         logger.setLevel(logging.INFO)
         if not logger.hasHandlers():
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            logger.addHandler(handler)
+            logger.addHandler(handler(log_format))
+
+
+def handler(log_format: LogFormat, stream: TextIO | None = None) -> logging.Handler:
+    """Writes to stderr unless a stream is given: a line, or with `json` an object in a line, for every record.
+
+    A record's `fields`, a dict that a caller gives as `extra={"fields": ...}`, are members of the object.
+    """
+    writer = logging.StreamHandler(stream)
+    writer.setFormatter(_Json() if log_format == "json" else _Text())
+    return writer
+
+
+class _Text(logging.Formatter):
+    """What clients sent may stand in a message: nothing of it ends the line or moves a terminal's cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        owner = f"{found}: " if (found := request_id.get()) else ""
+        line = f"{self.formatTime(record)} {record.levelname} {record.name}: {owner}{record.getMessage()}"
+        if line.isprintable():
+            return line
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if found := request_id.get():
+            line["request_id"] = found
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

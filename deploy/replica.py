@@ -49,7 +49,7 @@ class RouterReplica:
 
     def __init__(self, args: AppArgs) -> None:
         """Light: the engine is built when `reconfigure` has said what the shards shall be, while they load."""
-        logs.configure()
+        logs.configure(args.api.log_format)
         self._args = args
         self._outboxes = Outboxes(on_abandoned=self._abandon)
         self._probes: dict[str, asyncio.Future[RequestOutput]] = {}
@@ -69,6 +69,7 @@ class RouterReplica:
                 serve.get_replica_context().app_name,
                 f"router-{uuid.uuid4().hex[:8]}",
                 lease_s=args.fleet.lease_s,
+                log_format=args.api.log_format,
                 on_members=self._adopt,
             )
 
@@ -315,6 +316,7 @@ def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:
         resources=tuple(sorted(args.fleet.shard_resources.items())),
         lease_s=args.fleet.lease_s,
         start_timeout_s=args.fleet.start_timeout_s,
+        log_format=args.api.log_format,
     )
 
 

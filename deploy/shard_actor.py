@@ -25,7 +25,7 @@ class ShardActor:
     """Threaded: while `load` runs, the others answer. Exits by itself when its lease, first spec.lease_s, lapses."""
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
-        logs.configure()
+        logs.configure(spec.log_format)
         self._spec = spec
         self._rank = rank
         self._name = name

@@ -1,8 +1,9 @@
 """What routers, the Fleet and its shards tell each other about themselves. Light: imports neither torch nor Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from deploy.logs import LogFormat
 from experts.config import ExpertsConfig
 from experts.progress import Progress
 
@@ -19,7 +20,8 @@ class FleetSpec:
     """What a router wants of its fleet: everything that shards have in common.
 
     dtype: of the kernel, as in the config: `auto` is for the shard to decide. resources: what Ray reserves for a shard.
-    lease_s: how long shards, and their Fleet, outlive the last word of a router.
+    lease_s: how long shards, and their Fleet, outlive the last word of a router. log_format: for shards that start;
+    another one is no reason to start them anew.
     """
 
     app: str
@@ -29,6 +31,7 @@ class FleetSpec:
     resources: tuple[tuple[str, float], ...]
     lease_s: float
     start_timeout_s: float
+    log_format: LogFormat = field(compare=False)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ class Tokenizer:
         """Everything that another implementation must know, as in tokenizer.json."""
         return self._fast.to_str()
 
-    def encode(self, text: str) -> list[int]:
-        """With what the checkpoint puts around a text, such as a beginning-of-sequence token."""
-        return self._fast.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With what the checkpoint puts around a text, such as a beginning-of-sequence token, unless told not to."""
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(
         self,
@@ -90,9 +90,13 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens; ids that the tokenizer does not know are no text; broken UTF-8 becomes U+FFFD."""
-        return self._fast.decode(token_ids)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Without special tokens unless told; ids that the tokenizer does not know are no text; broken UTF-8 becomes U+FFFD."""
+        return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own names of tokens, such as `Ġthe`; "" for an unknown id."""
+        return [self._fast.id_to_token(token_id) or "" for token_id in token_ids]
 
     def token_text(self, token_id: int) -> str:
         """Of one token, special ones and leading spaces included; part of a character becomes U+FFFD."""

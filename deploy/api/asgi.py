@@ -1,30 +1,20 @@
-"""Two pieces below the routes: what surrounds every request, and a stream of server-sent events."""
+"""Two pieces around the routes: what guards every request, and a stream of server-sent events."""
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from contextvars import ContextVar
-from uuid import uuid4
 
 from fastapi import Response
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.api.errors import INTERNAL_ERROR, ApiError
 
 logger = logging.getLogger(__name__)
 
-request_id: ContextVar[str] = ContextVar("request_id")
-"""Of the HTTP request that the current task serves: for log lines."""
-
 
 class RequestGuard:
-    """Gives every request an id, a bound on its body, an end when the client leaves and an answer to our bugs.
-
-    Who sends an x-request-id also answers with it: Ray Serve's proxy sends one with every request and adds it to
-    the response. Only an id that is made here is added here, or clients would read it twice.
-    """
+    """Gives every request a bound on its body, an end when the client leaves and an answer to our bugs."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app = app
@@ -34,24 +24,19 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id")
-        request_id.set(given or f"req_{uuid4().hex}")
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def watched_send(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                if not given:
-                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.get().encode())]
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            await self._serve(scope, receive, send_with_id)
+            await self._serve(scope, receive, watched_send)
         except Exception:
-            logger.exception("%s: %s %s failed", request_id.get(), scope["method"], scope["path"])
+            logger.exception("%s %s failed", scope["method"], scope["path"])
             if not started:
-                await INTERNAL_ERROR.response()(scope, receive, send_with_id)
+                await INTERNAL_ERROR.response()(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -109,7 +94,7 @@ async def _disconnected(receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
     except Exception as error:  # noqa: BLE001 Ray Serve raises some error of its own for a client that left
-        logger.info("%s: the connection is lost: %s", request_id.get(), type(error).__name__)
+        logger.info("the connection is lost: %s", type(error).__name__)
 
 
 WAITING_S = 5.0

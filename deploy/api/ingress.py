@@ -4,43 +4,36 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
-from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
+from fastapi import Response
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 
-from deploy.api.asgi import EventStream, RequestGuard, request_id
+from deploy.api.access_log import counted
+from deploy.api.asgi import EventStream
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
-from deploy.api.errors import INTERNAL_ERROR, ApiError, answer_api_error, answer_http_error, invalid_body
+from deploy.api.errors import INTERNAL_ERROR, ApiError, invalid_body
 from deploy.api.reply import Reply, server_sent, to_json
 from deploy.api.requests import ChatCompletionRequest, CompletionRequest, ignored_fields
 from deploy.api.responses import ChatShape, CompletionShape, Shape, Vocabulary
+from deploy.api.tokenize import DetokenizeRequest, TokenizeRequest, Tokens, tokenized
+from deploy.version import version
 from router.request import Request, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 2**20
 READY_TIMEOUT_S = 5.0
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class Tokenizer(Vocabulary, Protocol):
-    """What the ingress needs of router.tokenizer.Tokenizer. Used from any thread."""
-
-    def encode(self, text: str, /) -> list[int]: ...
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, template_kwargs: Mapping[str, Any]
-    ) -> list[int]:
-        """Raises ValueError for messages that the model's template refuses."""
-        ...
+class Tokenizer(Vocabulary, Tokens, Protocol):
+    """What the ingress needs of router.tokenizer.Tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +45,16 @@ class Served:
     defaults: SamplingParams
 
 
-def build_ingress(*, client: EngineClient, tokenizer: Tokenizer, model: Served) -> FastAPI:
-    """The endpoint as an ASGI application."""
-    ingress = Ingress(client, tokenizer=tokenizer, model=model)
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
-    app.add_api_route("/v1/chat/completions", ingress.chat_completions, methods=["POST"])
-    app.add_api_route("/v1/completions", ingress.completions, methods=["POST"])
-    app.add_api_route("/v1/models", ingress.models)
-    app.add_api_route("/v1/models/{name:path}", ingress.model)
-    app.add_api_route("/health", ingress.health)
-    app.add_api_route("/ready", ingress.ready)
-    app.add_exception_handler(ApiError, answer_api_error)
-    app.add_exception_handler(HTTPException, answer_http_error)
-    app.add_middleware(RequestGuard, max_body_bytes=MAX_BODY_BYTES)
-    return app
-
-
 class Ingress:
-    """The routes."""
+    """The routes. timeout_s: of every request, None for as long as it takes."""
 
-    def __init__(self, client: EngineClient, *, tokenizer: Tokenizer, model: Served) -> None:
+    def __init__(
+        self, client: EngineClient, *, tokenizer: Tokenizer, model: Served, timeout_s: float | None
+    ) -> None:
         self._client = client
         self._tokenizer = tokenizer
         self._model = model
+        self._timeout_s = timeout_s
         self._created = int(time.time())
 
     async def chat_completions(self, http: HttpRequest) -> Response:
@@ -94,12 +74,33 @@ class Ingress:
         prompts = await asyncio.to_thread(self._encode, body, limits)
         return await self._answer(body, prompts, CompletionShape(self._tokenizer))
 
+    async def tokenize(self, http: HttpRequest) -> Response:
+        body = _parse(TokenizeRequest, await http.body())
+        self._check_model(body.model or self._model.name)
+        most = self._limits().max_model_len
+        try:
+            answer = await asyncio.to_thread(tokenized, body, self._tokenizer, max_model_len=most)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        return _json_response(answer)
+
+    async def detokenize(self, http: HttpRequest) -> Response:
+        """The text of tokens, special ones among them."""
+        body = _parse(DetokenizeRequest, await http.body())
+        self._check_model(body.model or self._model.name)
+        self._check_ids(body.tokens, param="tokens")
+        prompt = await asyncio.to_thread(self._tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return _json_response({"prompt": prompt})
+
     async def models(self) -> Response:
         return _json_response({"object": "list", "data": [self._description()]})
 
     async def model(self, name: str) -> Response:
         self._check_model(name)
         return _json_response(self._description())
+
+    async def version(self) -> Response:
+        return _json_response({"version": version()})
 
     async def health(self) -> Response:
         """This process is alive; says nothing about the engine."""
@@ -122,18 +123,20 @@ class Ingress:
         self, body: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]], shape: Shape
     ) -> Response:
         reply_id = f"{shape.id_prefix}-{uuid4().hex}"
-        requests = _requests(body, prompts, reply_id, self._model.defaults)
+        requests = _requests(body, prompts, reply_id, self._model.defaults, timeout_s=self._timeout_s)
+        prompt_tokens = sum(map(len, prompts))
         reply = Reply(
             shape,
             reply_id=reply_id,
             created=int(time.time()),
             model=self._model.name,
-            prompt_tokens=sum(map(len, prompts)),
+            prompt_tokens=prompt_tokens,
             num_choices=len(requests),
             logprobs=requests[0].params.logprobs is not None,
             include_usage=body.include_usage,
         )
         outputs = generate_all(self._client, requests)
+        outputs = counted(outputs, completion_id=reply_id, prompt_tokens=prompt_tokens)
         if body.stream:
             return EventStream(_events(reply, outputs), event_of=_error_event)
         async with aclosing(outputs):
@@ -167,9 +170,7 @@ class Ingress:
         """Whatever passes, the engine can run: it does not look at the ids again."""
         if not prompt:
             raise ApiError(400, "The prompt is empty.", param=param)
-        if min(prompt) < 0 or max(prompt) >= self._model.vocab_size:
-            message = f"The prompt has a token id outside the vocabulary of {self._model.vocab_size}."
-            raise ApiError(400, message, param=param)
+        self._check_ids(prompt, param=param)
         wanted = len(prompt) + (token_limit or 1)
         if wanted > limits.max_model_len:
             raise ApiError(
@@ -179,6 +180,11 @@ class Ingress:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    def _check_ids(self, tokens: list[int], *, param: str) -> None:
+        if tokens and (min(tokens) < 0 or max(tokens) >= self._model.vocab_size):
+            message = f"A token id is outside the vocabulary of {self._model.vocab_size}."
+            raise ApiError(400, message, param=param)
 
     def _limits(self) -> Limits:
         try:
@@ -208,7 +214,7 @@ def _parse(kind: type[Body], sent: bytes) -> Body:
     except ValidationError as error:
         raise invalid_body(error, sent) from error
     if ignored := sorted(set(ignored_fields(body))):
-        logger.warning("%s: ignored fields: %.500s", request_id.get(), ", ".join(ignored))
+        logger.warning("ignored fields: %.500s", ", ".join(ignored))
     return body
 
 
@@ -217,6 +223,8 @@ def _requests(
     prompts: list[list[int]],
     reply_id: str,
     defaults: SamplingParams,
+    *,
+    timeout_s: float | None,
 ) -> list[Request]:
     """n requests for each prompt; their places are the choices' indices."""
     try:
@@ -224,7 +232,7 @@ def _requests(
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
         raise ApiError(400, str(error), param=str(error).partition("=")[0]) from error
     return [
-        Request(f"{reply_id}-{place * body.n + choice}", tuple(prompt), params[choice])
+        Request(f"{reply_id}-{place * body.n + choice}", tuple(prompt), params[choice], timeout_s=timeout_s)
         for place, prompt in enumerate(prompts)
         for choice in range(body.n)
     ]
@@ -244,7 +252,7 @@ async def _events(
 def _error_event(error: Exception) -> bytes:
     """What a stream that has begun tells of its failure."""
     if not isinstance(error, ApiError):
-        logger.error("%s: the stream failed", request_id.get(), exc_info=error)
+        logger.error("the stream failed", exc_info=error)
         error = INTERNAL_ERROR
     return server_sent(error.body().decode()).encode()
 

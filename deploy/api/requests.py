@@ -6,20 +6,22 @@ A field that would change the answer and is not served is refused by name. One t
 
 import reprlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     StrictInt,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from router.request import SamplingParams
 
@@ -28,16 +30,29 @@ _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that are the model's own where a body does not say: see router.tokenizer.sampling_defaults."""
 
 
-def _only(*served: object) -> AfterValidator:
+@dataclass(frozen=True, eq=False)
+class _Only:
     """Refuses every value but these. They ask for nothing that we do not do anyway."""
 
-    def check(value: object) -> object:
-        if value not in served:
-            others = f" (only {', '.join(map(repr, served))})" if served else ""
+    served: tuple[Any, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(schema) | {"enum": [*self.served] or [None]}
+
+    def _check(self, value: object) -> object:
+        if value not in self.served:
+            others = f" (only {', '.join(map(repr, self.served))})" if self.served else ""
             raise ValueError(f"{reprlib.repr(value)} is not supported{others}")
         return value
 
-    return AfterValidator(check)
+
+def _only(*served: Any) -> _Only:
+    return _Only(served)
 
 
 def _listed(value: object) -> object:
@@ -52,8 +67,19 @@ def _as_prompts(value: object) -> object:
 
 # fail_fast: or a long list of rubbish becomes a list of errors, hundreds of times its size.
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
-Prompts = Annotated[list[str | TokenIds], Field(min_length=1, fail_fast=True), BeforeValidator(_as_prompts)]
-StopStrings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(max_length=16)]
+Prompts = Annotated[
+    list[str | TokenIds],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(
+        _as_prompts,
+        json_schema_input_type=str | Annotated[list[str | int | list[int]], Field(min_length=1)],
+    ),
+]
+StopStrings = Annotated[
+    tuple[str, ...],
+    Field(max_length=16),
+    BeforeValidator(_listed, json_schema_input_type=str | Annotated[list[str], Field(max_length=16)]),
+]
 NotServed = Annotated[Any, _only()]
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Literal, NotRequired, Protocol
+
+from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
 from router.request import FinishReason, TokenLogprob
 

@@ -8,12 +8,15 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
-from deploy.api.ingress import Served, build_ingress
+from deploy.api.ingress import Served
+from deploy.api.routes import build_ingress
 from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
 LIMITS = Limits(max_model_len=64, max_requests=48)
 MODEL = Served("demo", vocab_size=256, defaults=SamplingParams(temperature=0.5, top_k=40))
+PLAIN = ApiConfig()
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 HELLO: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
@@ -23,15 +26,26 @@ Step = RequestOutput | Exception | float | None
 
 
 class ByteTokenizer:
-    def encode(self, text: str, /) -> list[int]:
+    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, template_kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any],
     ) -> list[int]:
         if messages[-1]["content"] == "refuse":
             raise ValueError("the chat template failed: no")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def pieces(self, token_ids: Sequence[int], /) -> list[str]:
+        return [f"<{token_id}>" for token_id in token_ids]
 
     def token_text(self, token_id: int, /) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
@@ -92,8 +106,8 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
     ]
 
 
-def ingress_over(engine: EngineClient) -> FastAPI:
-    return build_ingress(client=engine, tokenizer=ByteTokenizer(), model=MODEL)
+def ingress_over(engine: EngineClient, config: ApiConfig = PLAIN) -> FastAPI:
+    return build_ingress(client=engine, tokenizer=ByteTokenizer(), model=MODEL, config=config)
 
 
 def http_client(app: FastAPI) -> httpx.AsyncClient:

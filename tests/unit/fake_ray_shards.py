@@ -29,6 +29,7 @@ def fleet_spec(*, num_shards: int = 2, checkpoint: Path = DEMO, gpus: float = 0)
         resources=(("GPU", gpus),) if gpus else (),
         lease_s=60.0,
         start_timeout_s=60.0,
+        log_format="text",
     )
 
 

@@ -158,7 +158,9 @@ def test_set_finds_its_place_by_name(assignment: str, path: tuple[str | int, ...
     assert place == 3
 
 
-KNOWN = "experts, model, fabric, router, fleet, proxy_location, http_options, logging_config, applications"
+KNOWN = (
+    "experts, model, fabric, router, fleet, api, proxy_location, http_options, logging_config, applications"
+)
 
 
 @pytest.mark.parametrize(

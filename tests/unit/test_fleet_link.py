@@ -10,6 +10,7 @@ import pytest
 from deploy import fleet_link
 from deploy.fleet import Fleet
 from deploy.fleet_link import LAST_WILL_S, FleetLink
+from deploy.logs import LogFormat
 from experts.fabric import Membership, PeerLost
 from tests.unit.fake_ray_shards import FakeRayShards, Proxy, fleet_spec, kill_fleet
 
@@ -32,17 +33,19 @@ class World:
         self.shards = FakeRayShards()
         self.num_fleets = 0
         self.heard: list[Membership] = []
-        self.link = FleetLink("app", "router", lease_s=lease_s, on_members=self.heard.append)
+        self.link = FleetLink(
+            "app", "router", lease_s=lease_s, log_format="text", on_members=self.heard.append
+        )
         self._proxy: Any = None
 
     @property
     def fleet(self) -> Fleet:
         return self._proxy.actor
 
-    def start_fleet(self, app: str, *, lease_s: float) -> Any:
+    def start_fleet(self, app: str, *, lease_s: float, log_format: LogFormat) -> Any:
         if self._proxy is None or self._proxy.died.is_set():
             self.num_fleets += 1
-            self._proxy = Proxy(Fleet(app, lease_s=lease_s, shards=self.shards))
+            self._proxy = Proxy(Fleet(app, lease_s=lease_s, log_format=log_format, shards=self.shards))
         return self._proxy
 
     def kill_fleet(self) -> None:

@@ -11,8 +11,8 @@ def test_our_info_lines_come_out_once_and_others_do_not() -> None:
     code = """
 import logging
 from deploy import logs
-logs.configure()
-logs.configure()
+logs.configure("text")
+logs.configure("text")
 for name in ("deploy.fleet", "experts.shard", "router.engine", "somebody.else"):
     logging.getLogger(name).info("hello")
 """

@@ -1,0 +1,118 @@
+"""What surrounds every request: its id, and a line in the log when it ends."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any
+from uuid import uuid4
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.logs import request_id
+from router.request import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+PROBES = frozenset({"/health", "/ready"})
+"""Load balancers ask them all the time: no line is written for them."""
+
+MAX_ID = 200
+"""Characters of an id that a client sent, in the log."""
+
+
+@dataclass
+class Entry:
+    """What is learnt of a request while it is served. key: its name. completion_tokens: those the engine gave so far."""
+
+    key: str | None = None
+    completion_id: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+_entry: ContextVar[Entry] = ContextVar("entry")
+
+
+def entry() -> Entry:
+    """Of the request that the current task serves."""
+    return _entry.get()
+
+
+async def counted(
+    outputs: AsyncGenerator[tuple[int, RequestOutput], None], *, completion_id: str, prompt_tokens: int
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The outputs as they are, noted in the entry of the current request. Closing it closes them."""
+    noted = entry()
+    noted.completion_id, noted.prompt_tokens, noted.completion_tokens = completion_id, prompt_tokens, 0
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            noted.completion_tokens += len(output.tokens)
+            yield index, output
+
+
+def route_path(scope: Scope) -> str:
+    """Without what Serve's route_prefix puts before ours."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
+class RequestLog:
+    """The outermost of what stands before the routes. lines: whether to write any.
+
+    Who sends an x-request-id also answers with it: Ray Serve's proxy sends one with every request and adds it to
+    the response. Only an id that is made here is added here, or clients would read it twice.
+    """
+
+    def __init__(self, app: ASGIApp, *, lines: bool) -> None:
+        self._app = app
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id")
+        request_id.set(given[:MAX_ID] if given else f"req_{uuid4().hex}")
+        _entry.set(noted := Entry())
+        began = time.monotonic()
+        status: int | None = None
+        complete = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not given:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id.get().encode())]
+            await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            if self._lines and route_path(scope) not in PROBES:
+                told = {
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "seconds": round(time.monotonic() - began, 4),
+                    "complete": complete,
+                    **asdict(noted),
+                }
+                logger.info("%s", sentence(told), extra={"fields": told})
+
+
+def sentence(told: dict[str, Any]) -> str:
+    """The fields of a line, as people read them."""
+    parts = [f"{told['method']} {told['path']} {told['status'] or '-'} in {told['seconds']:.3f} s"]
+    if not told["complete"]:
+        parts.append("not finished")
+    if told["key"] is not None:
+        parts.append(f"key {told['key']}")
+    if told["completion_id"] is not None:
+        parts.append(told["completion_id"])
+        parts.append(f"{told['prompt_tokens']} + {told['completion_tokens']} tokens")
+    return ", ".join(parts)

@@ -1,0 +1,101 @@
+"""The endpoint as an ASGI application: its routes, and what stands before them."""
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from deploy.api.access_log import RequestLog
+from deploy.api.asgi import RequestGuard
+from deploy.api.config import ApiConfig
+from deploy.api.engine_client import EngineClient
+from deploy.api.errors import ApiError, answer_api_error, answer_http_error
+from deploy.api.ingress import Ingress, Served, Tokenizer
+from deploy.api.keys import ApiKeys, KeyGuard
+from deploy.api.requests import ChatCompletionRequest, CompletionRequest
+from deploy.api.responses import Completion
+from deploy.api.schema import (
+    DescribedApp,
+    Health,
+    ModelDescription,
+    ModelList,
+    Operation,
+    ReadyReport,
+    Version,
+)
+from deploy.api.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+
+CHAT = Operation(
+    "create_chat_completion",
+    "Answer a chat",
+    {200: Completion},
+    errors=(400, 404, 429, 503),
+    body=ChatCompletionRequest,
+    example={"messages": [{"role": "user", "content": "Write a haiku."}], "max_tokens": 32},
+    streams=True,
+)
+COMPLETION = Operation(
+    "create_completion",
+    "Continue a text",
+    {200: Completion},
+    errors=(400, 404, 429, 503),
+    body=CompletionRequest,
+    example={"prompt": "def add(a, b):", "max_tokens": 32},
+    streams=True,
+)
+TOKENIZE = Operation(
+    "tokenize",
+    "The tokens of a text or a chat",
+    {200: TokenizeResponse},
+    errors=(400, 404, 503),
+    body=TokenizeRequest,
+    example={"prompt": "def add(a, b):"},
+)
+DETOKENIZE = Operation(
+    "detokenize",
+    "The text of tokens",
+    {200: DetokenizeResponse},
+    errors=(400, 404),
+    body=DetokenizeRequest,
+    example={"tokens": [1, 2, 3]},
+)
+MODELS = Operation("list_models", "The model that is served, in a list", {200: ModelList}, errors=(503,))
+MODEL = Operation("get_model", "The model that is served", {200: ModelDescription}, errors=(404, 503))
+VERSION = Operation("get_version", "Which version this is", {200: Version})
+HEALTH = Operation("get_health", "Whether this process answers", {200: Health})
+READY = Operation(
+    "get_readiness", "Whether a request would be served now", {200: ReadyReport, 503: ReadyReport}
+)
+
+
+def build_ingress(*, client: EngineClient, tokenizer: Tokenizer, model: Served, config: ApiConfig) -> FastAPI:
+    """Raises ValueError for a file of keys that cannot be read."""
+    app = DescribedApp(model=model.name, keys=config.keys_file is not None)
+    _add_routes(app, Ingress(client, tokenizer=tokenizer, model=model, timeout_s=config.request_timeout_s))
+    app.add_exception_handler(ApiError, answer_api_error)
+    app.add_exception_handler(HTTPException, answer_http_error)
+    # The innermost first.
+    app.add_middleware(RequestGuard, max_body_bytes=config.max_body_mib * 2**20)
+    if config.keys_file is not None:
+        app.add_middleware(KeyGuard, keys=ApiKeys(config.keys_file))
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestLog, lines=config.access_log)
+    return app
+
+
+def _add_routes(app: DescribedApp, ingress: Ingress) -> None:
+    app.add_operation("POST", "/v1/chat/completions", ingress.chat_completions, CHAT)
+    app.add_operation("POST", "/v1/completions", ingress.completions, COMPLETION)
+    app.add_operation("GET", "/v1/models", ingress.models, MODELS)
+    app.add_operation("GET", "/v1/models/{name:path}", ingress.model, MODEL)
+    app.add_operation("POST", "/tokenize", ingress.tokenize, TOKENIZE)
+    app.add_operation("POST", "/detokenize", ingress.detokenize, DETOKENIZE)
+    app.add_operation("GET", "/version", ingress.version, VERSION)
+    app.add_operation("GET", "/health", ingress.health, HEALTH)
+    app.add_operation("GET", "/ready", ingress.ready, READY)
