@@ -48,6 +48,7 @@ class RouterMetrics:
         self._success = Counter("sparkmoe_request_success_total", "By how they ended.", ("finished_reason",))
         for reason in get_args(FinishReason):
             _begin_at_zero(self._success, {"finished_reason": reason})
+        self._queued = Histogram("sparkmoe_request_queue_time_seconds", "", _FIRST_TOKEN_S)
         self._first = Histogram("sparkmoe_time_to_first_token_seconds", "", _FIRST_TOKEN_S)
         self._between = Histogram("sparkmoe_inter_token_latency_seconds", "", _TOKEN_S)
         self._whole = Histogram("sparkmoe_e2e_request_latency_seconds", "", _REQUEST_S)
@@ -78,6 +79,8 @@ class RouterMetrics:
         for output in users:
             answer = self._answers[output.id]
             if output.tokens:
+                if not answer.num_tokens:
+                    self._queued.observe(output.queued_s)
                 (self._between if answer.num_tokens else self._first).observe(now - answer.latest)
                 answer.num_tokens += len(output.tokens)
                 answer.latest = now

@@ -25,15 +25,16 @@ class Answer:
         self._prompt_logprobs: list[TokenLogprob] = []
         self._num_scored = 0
         self._num_cached = 0
+        self._queued_s = 0.0
 
     @property
     def banned(self) -> frozenset[int]:
         """Tokens that may not come next: before min_tokens, those that would end it."""
         return self._ends if self.num_tokens < self.request.params.min_tokens else frozenset()
 
-    def began(self, num_cached: int) -> None:
-        """So many tokens of its prompt were found in the prefix cache; the first output tells."""
-        self._num_cached = num_cached
+    def begin(self, *, num_cached: int, queued_s: float) -> None:
+        """What the first output tells, see RequestOutput."""
+        self._num_cached, self._queued_s = num_cached, queued_s
 
     def score_prompt(self, start: int, logprobs: Sequence[TokenLogprob]) -> None:
         """Scores from the start-th on, kept until the first output. Ones that a preempted request got already are not new."""
@@ -83,7 +84,12 @@ class Answer:
     def _output(self, **parts: Any) -> RequestOutput:
         """With what the first output tells of the prompt."""
         prompt_logprobs, self._prompt_logprobs = tuple(self._prompt_logprobs), []
-        num_cached, self._num_cached = self._num_cached, 0
+        num_cached, queued_s = self._num_cached, self._queued_s
+        self.begin(num_cached=0, queued_s=0.0)
         return RequestOutput(
-            id=self.request.id, prompt_logprobs=prompt_logprobs, num_cached=num_cached, **parts
+            id=self.request.id,
+            prompt_logprobs=prompt_logprobs,
+            num_cached=num_cached,
+            queued_s=queued_s,
+            **parts,
         )

@@ -126,6 +126,7 @@ class Engine:
         ids = [*request.prompt, *params.stop_token_ids, *(token for token, _ in params.logit_bias)]
         if min(ids) < 0 or max(ids) >= vocab_size:
             raise ValueError(f"the request has a token id outside the vocabulary of {vocab_size}")
+        now = time.monotonic()
         return RunningRequest(
             request,
             Answer(
@@ -136,7 +137,8 @@ class Engine:
             ),
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             guide=None if params.grammar is None else self._grammars.guide(params.grammar),
-            deadline=math.inf if request.timeout_s is None else time.monotonic() + request.timeout_s,
+            came_at=now,
+            deadline=math.inf if request.timeout_s is None else now + request.timeout_s,
         )
 
     def submit(self, prepared: RunningRequest) -> None:
@@ -284,8 +286,6 @@ class Engine:
         """One more token. Its logits were finite, so what it was computed from is: others may share it."""
         self._scheduler.prove(running)
         running.tokens.append(sampled.token)
-        if running.answer.num_tokens == 0:
-            running.answer.began(running.num_cached or 0)
         guide = running.guide
         if guide is not None:
             guide.accept(sampled.token)

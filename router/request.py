@@ -111,8 +111,9 @@ class RequestOutput:
 
     text: whole characters only; it may lag behind the tokens. finish: set in a request's last output.
     stop_reason: the stop string or the token of stop_token_ids that ended it. error: a sentence, when finish is
-    "error". In the first output stand prompt_logprobs, of all tokens but the first, if they were asked for, and
-    num_cached, the tokens of the prompt whose keys and values were found in the prefix cache.
+    "error". In the first output stand prompt_logprobs, of all tokens but the first, if they were asked for,
+    num_cached, the tokens of the prompt whose keys and values were found in the prefix cache, and queued_s, how long it
+    waited for its first step.
     """
 
     id: str
@@ -121,6 +122,7 @@ class RequestOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
     num_cached: int = 0
+    queued_s: float = 0.0
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None

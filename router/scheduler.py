@@ -106,8 +106,8 @@ class Scheduler:
             return False
         live.row = row
         live.num_computed = len(found) * self.tables.block_size
-        if live.num_cached is None:
-            live.num_cached = live.num_computed
+        if not live.began:
+            live.begin()
             self.num_looked_up += len(live.tokens)
             self.num_found += live.num_computed
         self.waiting.remove(live)
