@@ -69,6 +69,14 @@ def test_a_port_is_not_tried_on_a_cluster_whose_serve_may_hold_it() -> None:
         check(checked, address="auto")
 
 
+def test_keys_that_are_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    why = "No such file or directory"
+    assert refusal("serve", DEMO, "--set", f"api.keys_file={file}") == f"api.keys_file: {file}: {why}"
+    file.touch()
+    assert refusal("serve", DEMO, "--set", f"api.keys_file={file}") == f"api.keys_file: {file} has no key"
+
+
 def test_a_cluster_that_is_not_there() -> None:
     assert refusal("serve", DEMO, "--address", "127.0.0.1:9") == (
         "no Ray cluster answers at 127.0.0.1:9: Connection refused"

@@ -77,6 +77,25 @@ def test_the_endpoint_stays_on_this_machine_unless_told_otherwise(tmp_path: Path
             "applications.0.args.fleet.shard_resources.GPU: Input should be a finite number",
         ),
         (
+            "args",
+            "api",
+            {"key_file": "keys"},
+            "applications.0.args.api.key_file: unknown key; did you mean `keys_file`?",
+        ),
+        (
+            "args",
+            "api",
+            {"cors_origins": ["https://chat.example.org/"]},
+            "applications.0.args.api.cors_origins.0: "
+            r"String should match pattern '^(\*|https?://[^/\s]+)$'",
+        ),
+        (
+            "args",
+            "api",
+            {"request_timeout_s": 0},
+            "applications.0.args.api.request_timeout_s: Input should be greater than 0",
+        ),
+        (
             "deployment",
             "num_replcas",
             1,
@@ -136,6 +155,15 @@ def test_a_mistake_is_one_sentence_with_its_path(
     assert refusal(path) == f"{path}: {says}"
 
 
+def test_serve_must_not_cut_what_we_would_end() -> None:
+    limits = ("api.request_timeout_s=60", "http_options.request_timeout_s=30")
+    assert refusal(DEMO, *limits) == (
+        f"{DEMO}: args.api.request_timeout_s=60.0 must be below http_options.request_timeout_s=30.0, "
+        "when Serve cuts the connection"
+    )
+    load(DEMO, ["api.request_timeout_s=20", "http_options.request_timeout_s=30"])
+
+
 def test_every_mistake_is_named(tmp_path: Path) -> None:
     path = changed(tmp_path, lambda config: config.update(applications=[{"import_path": "deploy.app:build"}]))
     assert refusal(path) == f"{path}: applications.0.args: missing; applications.0.deployments: missing"
@@ -147,6 +175,7 @@ def test_every_mistake_is_named(tmp_path: Path) -> None:
         ("experts.shards=3", ("applications", 0, "deployments", 0, "user_config", "experts", "shards")),
         ("router.max_requests=3", ("applications", 0, "args", "router", "max_requests")),
         ("router.kv_cache.block_size=3", ("applications", 0, "args", "router", "kv_cache", "block_size")),
+        ("api.max_body_mib=3", ("applications", 0, "args", "api", "max_body_mib")),
         ("http_options.port=3", ("http_options", "port")),
     ],
 )

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from deploy.api import asgi
+from deploy.api.config import ApiConfig
 from deploy.api.engine_client import Limits, QueueFull, Readiness, RouterLost
 from tests.unit.fake_engine import (
     CHAT,
@@ -103,6 +104,24 @@ async def test_the_context_is_what_the_engine_has_room_for() -> None:
         assert (await http.post(CHAT, json=HELLO | {"max_tokens": 3})).status_code == 200
         error = error_of(await http.post(CHAT, json=HELLO | {"max_tokens": 4}))
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+async def test_every_request_has_the_time_limit_of_the_config() -> None:
+    engine = FakeEngine(says("Hel", finish="timeout"))
+    async with http_client(ingress_over(engine, ApiConfig(request_timeout_s=30))) as http:
+        answer = (await http.post(CHAT, json=HELLO | {"n": 2})).json()
+    assert [request.timeout_s for request in engine.requests] == [30, 30]
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["timeout", "timeout"]
+    assert answer["choices"][0]["message"]["content"] == "Hel"
+
+
+async def test_pages_of_other_sites_are_no_business_of_ours(http: httpx.AsyncClient) -> None:
+    """Unless api.cors_origins names them."""
+    page = {"origin": "https://chat.example.org"}
+    preflight = await http.options(CHAT, headers=page | {"access-control-request-method": "POST"})
+    assert preflight.status_code == 405
+    answer = await http.post(CHAT, json=HELLO, headers=page)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 async def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
