@@ -16,11 +16,15 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from deploy.api.asgi import EventStream, RequestGuard, request_id
+from deploy.api.chat_shape import ChatShape
+from deploy.api.chats import ChatFormat
+from deploy.api.completion_shape import CompletionShape
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
 from deploy.api.errors import INTERNAL_ERROR, ApiError, answer_api_error, answer_http_error, invalid_body
+from deploy.api.fields import ignored_fields
 from deploy.api.reply import Reply, server_sent, to_json
-from deploy.api.requests import ChatCompletionRequest, CompletionRequest, ignored_fields
-from deploy.api.responses import ChatShape, CompletionShape, Shape, Vocabulary
+from deploy.api.requests import ChatCompletionRequest, CompletionRequest
+from deploy.api.responses import Shape, Vocabulary
 from router.request import Request, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -34,11 +38,21 @@ Body = TypeVar("Body", bound=BaseModel)
 class Tokenizer(Vocabulary, Protocol):
     """What the ingress needs of router.tokenizer.Tokenizer. Used from any thread."""
 
+    @property
+    def chat_template(self) -> str: ...
+
     def encode(self, text: str, /) -> list[int]: ...
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, template_kwargs: Mapping[str, Any]
-    ) -> list[int]:
+    def encode_rendered(self, text: str, /) -> list[int]: ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+    ) -> str:
         """Raises ValueError for messages that the model's template refuses."""
         ...
 
@@ -68,6 +82,15 @@ def build_ingress(*, client: EngineClient, tokenizer: Tokenizer, model: Served) 
     return app
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A body's prompts as tokens, the shape of its answer, and the grammar that every choice has to be of."""
+
+    prompts: list[list[int]]
+    shape: Shape
+    grammar: str | None
+
+
 class Ingress:
     """The routes."""
 
@@ -75,6 +98,7 @@ class Ingress:
         self._client = client
         self._tokenizer = tokenizer
         self._model = model
+        self._chats = ChatFormat(tokenizer.chat_template)
         self._created = int(time.time())
 
     async def chat_completions(self, http: HttpRequest) -> Response:
@@ -82,17 +106,17 @@ class Ingress:
         self._check_model(body.model)
         limits = self._limits()
         _check_count(body.n, limits, param="n")
-        # In a thread: a long prompt must not hold up everybody's streams.
-        prompt = await asyncio.to_thread(self._encode_chat, body, limits)
-        return await self._answer(body, [prompt], ChatShape(self._tokenizer))
+        # In a thread: a long prompt, or a grammar, must not hold up everybody's streams.
+        asked = await asyncio.to_thread(self._asked_in_chat, body, limits)
+        return await self._answer(body, asked)
 
     async def completions(self, http: HttpRequest) -> Response:
         body = _parse(CompletionRequest, await http.body())
         self._check_model(body.model)
         limits = self._limits()
         _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
-        prompts = await asyncio.to_thread(self._encode, body, limits)
-        return await self._answer(body, prompts, CompletionShape(self._tokenizer))
+        asked = await asyncio.to_thread(self._asked, body, limits)
+        return await self._answer(body, asked)
 
     async def models(self) -> Response:
         return _json_response({"object": "list", "data": [self._description()]})
@@ -118,18 +142,16 @@ class Ingress:
         report = {"ready": state.ready, "reason": state.reason, "detail": detail}
         return _json_response(report, status=200 if state.ready else 503)
 
-    async def _answer(
-        self, body: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]], shape: Shape
-    ) -> Response:
-        reply_id = f"{shape.id_prefix}-{uuid4().hex}"
-        requests = _requests(body, prompts, reply_id, self._model.defaults)
+    async def _answer(self, body: ChatCompletionRequest | CompletionRequest, asked: _Asked) -> Response:
+        reply_id = f"{asked.shape.id_prefix}-{uuid4().hex}"
+        requests = _requests(body, asked, reply_id, self._model.defaults)
         reply = Reply(
-            shape,
+            asked.shape,
             reply_id=reply_id,
             created=int(time.time()),
             model=self._model.name,
-            prompt_tokens=sum(map(len, prompts)),
-            num_choices=len(requests),
+            prompt_tokens=[len(prompt) for prompt in asked.prompts],
+            n=body.n,
             logprobs=requests[0].params.logprobs is not None,
             include_usage=body.include_usage,
         )
@@ -141,20 +163,33 @@ class Ingress:
                 reply.add(index, output)
         return Response(reply.whole(), media_type="application/json")
 
-    def _encode_chat(self, body: ChatCompletionRequest, limits: Limits) -> list[int]:
+    def _asked_in_chat(self, body: ChatCompletionRequest, limits: Limits) -> _Asked:
         messages = [message.for_template() for message in body.messages]
+        tools = [tool.for_template() for tool in body.offered]
         try:
-            prompt = self._tokenizer.encode_chat(messages, template_kwargs=body.chat_template_kwargs)
+            text = self._tokenizer.render_chat(
+                messages, tools=tools, template_kwargs=body.chat_template_kwargs
+            )
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
+        prompt = self._tokenizer.encode_rendered(text)
         self._check_prompt(prompt, limits, param="messages", token_limit=body.token_limit)
-        return prompt
+        self._check_bias(body.logit_bias)
+        shape = ChatShape(
+            self._tokenizer,
+            new_reader=self._chats.new_reader(body, prompt=text),
+            calls_finish=not body.names_tool,
+        )
+        return _Asked([prompt], shape, self._chats.grammar(body))
 
-    def _encode(self, body: CompletionRequest, limits: Limits) -> list[list[int]]:
+    def _asked(self, body: CompletionRequest, limits: Limits) -> _Asked:
         prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
         for prompt in prompts:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
-        return prompts
+        self._check_bias(body.logit_bias)
+        shape = CompletionShape(self._tokenizer, body, prompts=prompts)
+        form = body.form()
+        return _Asked(prompts, shape, form.compile() if form else None)
 
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
@@ -170,7 +205,7 @@ class Ingress:
         if min(prompt) < 0 or max(prompt) >= self._model.vocab_size:
             message = f"The prompt has a token id outside the vocabulary of {self._model.vocab_size}."
             raise ApiError(400, message, param=param)
-        wanted = len(prompt) + (token_limit or 1)
+        wanted = len(prompt) + (1 if token_limit is None else token_limit)
         if wanted > limits.max_model_len:
             raise ApiError(
                 400,
@@ -179,6 +214,11 @@ class Ingress:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    def _check_bias(self, logit_bias: Mapping[int, float]) -> None:
+        if unknown := [token for token in logit_bias if not 0 <= token < self._model.vocab_size]:
+            message = f"Token {unknown[0]} is outside the vocabulary of {self._model.vocab_size}."
+            raise ApiError(400, message, param="logit_bias")
 
     def _limits(self) -> Limits:
         try:
@@ -214,18 +254,18 @@ def _parse(kind: type[Body], sent: bytes) -> Body:
 
 def _requests(
     body: ChatCompletionRequest | CompletionRequest,
-    prompts: list[list[int]],
+    asked: _Asked,
     reply_id: str,
     defaults: SamplingParams,
 ) -> list[Request]:
     """n requests for each prompt; their places are the choices' indices."""
     try:
-        params = [body.sampling(choice, defaults) for choice in range(body.n)]
+        params = [body.sampling(choice, defaults, grammar=asked.grammar) for choice in range(body.n)]
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
         raise ApiError(400, str(error), param=str(error).partition("=")[0]) from error
     return [
-        Request(f"{reply_id}-{place * body.n + choice}", tuple(prompt), params[choice])
-        for place, prompt in enumerate(prompts)
+        Request(f"{reply_id}-{place * body.n + choice}", tuple(prompt), params[choice], body.priority)
+        for place, prompt in enumerate(asked.prompts)
         for choice in range(body.n)
     ]
 

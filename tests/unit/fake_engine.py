@@ -1,11 +1,13 @@
 """What the ingress's tests put around it: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import httpx
+import openai
 from fastapi import FastAPI
 
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
@@ -23,21 +25,40 @@ Step = RequestOutput | Exception | float | None
 
 
 class ByteTokenizer:
+    """Renders a chat as <tools>[...]<role>content, calls in JSON behind the content, and `tail` at the end."""
+
+    def __init__(self, chat_template: str = "", *, tail: str = "") -> None:
+        self.chat_template = chat_template
+        self._tail = tail
+
     def encode(self, text: str, /) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, template_kwargs: Mapping[str, Any]
-    ) -> list[int]:
+    encode_rendered = encode
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+    ) -> str:
         if messages[-1]["content"] == "refuse":
             raise ValueError("the chat template failed: no")
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+        offered = f"<tools>{json.dumps(tools)}" if tools else ""
+        return offered + "".join(map(_rendered, messages)) + self._tail
 
     def token_text(self, token_id: int, /) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
 
     def token_bytes(self, token_id: int, /) -> bytes:
         return bytes([token_id])
+
+
+def _rendered(message: Mapping[str, Any]) -> str:
+    calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+    return f"<{message['role']}>{message['content']}{calls}"
 
 
 class FakeEngine:
@@ -92,12 +113,21 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
     ]
 
 
-def ingress_over(engine: EngineClient) -> FastAPI:
-    return build_ingress(client=engine, tokenizer=ByteTokenizer(), model=MODEL)
+_PLAIN = ByteTokenizer()
+
+
+def ingress_over(engine: EngineClient, tokenizer: ByteTokenizer = _PLAIN) -> FastAPI:
+    return build_ingress(client=engine, tokenizer=tokenizer, model=MODEL)
 
 
 def http_client(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+def client_of(engine: EngineClient, tokenizer: ByteTokenizer = _PLAIN) -> openai.AsyncOpenAI:
+    # Any: openai 3 wants httpx2's client, openai 2 httpx's; either works.
+    over_asgi: Any = http_client(ingress_over(engine, tokenizer))
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=over_asgi)
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.api.completion_shape import CompletionShape
 from deploy.api.reply import Reply
-from deploy.api.responses import CompletionShape
+from deploy.api.requests import CompletionRequest
 from router.request import RequestOutput, TokenLogprob
 from tests.unit.fake_engine import ByteTokenizer
 
@@ -25,13 +26,14 @@ outputs_of_a_request = st.lists(
 
 
 def reply() -> Reply:
+    body = CompletionRequest(model="demo", prompt=["x"], logprobs=0)
     return Reply(
-        CompletionShape(ByteTokenizer()),
+        CompletionShape(ByteTokenizer(), body, prompts=[b"x"]),
         reply_id="cmpl-1",
         created=0,
         model="demo",
-        prompt_tokens=1,
-        num_choices=1,
+        prompt_tokens=[1],
+        n=1,
         logprobs=True,
         include_usage=False,
     )
