@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from deploy.api.parts import CallArguments, CallBegun, Content, Part, Reader, Reasoning, joined
+from deploy.api.parts import CallArguments, CallBegun, Content, Part, Reader, Reasoning
 from deploy.api.responses import (
     AssistantMessage,
     ChatChoice,
@@ -120,7 +120,7 @@ def _calls(parts: Iterable[Part]) -> list[ToolCall]:
 
 def _delta(parts: Sequence[Part]) -> Delta:
     delta: Delta = {}
-    for part in joined(parts):
+    for part in parts:
         if isinstance(part, Content):
             delta["content"] = delta.get("content", "") + part.text
         elif isinstance(part, Reasoning):

@@ -44,10 +44,11 @@ class ChatFormat:
         offered = [tool.function for tool in body.offered]
         tools = self._format() if offered else None
         reasons = self._thinks and body.form() is None and not body.forced
+        opened = is_open(prompt)
         max_calls = None if body.parallel_tool_calls else 1
 
         def reader() -> Reader:
-            reasoning = ReasoningReader(is_open=is_open(prompt)) if reasons else PlainReader()
+            reasoning = ReasoningReader(is_open=opened) if reasons else PlainReader()
             calls = tools.new_reader(offered) if tools else PlainReader()
             return ChatReader(reasoning, calls, max_calls=max_calls)
 

@@ -95,7 +95,10 @@ class Tool(Sent):
     function: OfferedFunction
 
     def for_template(self) -> dict[str, Any]:
-        return self.model_dump(exclude_unset=True)
+        return self.model_dump(include=_TOOL, exclude_unset=True)
+
+
+_TOOL: Any = {"type": True, "function": {"name", "description", "parameters", "strict"}}
 
 
 class NamedFunction(Sent):

@@ -90,19 +90,3 @@ class ChatReader:
             for part in parts
             if not (isinstance(part, CallBegun | CallArguments) and part.index >= self._max_calls)
         ]
-
-
-def joined(parts: Iterable[Part]) -> list[Part]:
-    """Neighbours of the same kind as one."""
-    whole: list[Part] = []
-    for part in parts:
-        last = whole[-1] if whole else None
-        if isinstance(part, Content) and isinstance(last, Content):
-            whole[-1] = Content(last.text + part.text)
-        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-            whole[-1] = Reasoning(last.text + part.text)
-        elif isinstance(part, CallArguments) and isinstance(last, CallArguments) and part.index == last.index:
-            whole[-1] = CallArguments(part.index, last.text + part.text)
-        else:
-            whole.append(part)
-    return whole

@@ -6,16 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.api.parts import Content, Part, Reasoning, joined
+from deploy.api.parts import Content, Part, Reasoning
 from deploy.api.reasoning import ReasoningReader, is_open
+from tests.unit.read_parts import cut, read
 
 WORDS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "<", "th", "ink>", "word", " "]), max_size=10)
-
-
-def read(pieces: list[str], *, is_open: bool) -> list[Part]:
-    reader = ReasoningReader(is_open=is_open)
-    parts = [part for piece in pieces for part in reader.push(piece)]
-    return joined(parts + reader.flush())
 
 
 def slowly(text: str, *, is_open: bool) -> list[Part]:
@@ -33,11 +28,9 @@ def test_pieces_join_to_what_the_whole_text_says(
     words: list[str], is_open: bool, data: st.DataObject
 ) -> None:
     text = "".join(words)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     expected = slowly(text, is_open=is_open)
-    assert read(pieces, is_open=is_open) == expected
-    assert read(list(text), is_open=is_open) == expected
+    assert read(ReasoningReader(is_open=is_open), cut(text, data)) == expected
+    assert read(ReasoningReader(is_open=is_open), text) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,7 +52,7 @@ def test_pieces_join_to_what_the_whole_text_says(
     ids=["thinks", "prompt thinks", "thinks nothing", "cut", "later", "once", "a beginning", "nothing"],
 )
 def test_reasoning(text: str, is_open: bool, expected: list[Part]) -> None:
-    assert read([text], is_open=is_open) == expected
+    assert read(ReasoningReader(is_open=is_open), [text]) == expected
 
 
 def test_a_thought_is_shown_as_it_comes() -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.api.parts import CallArguments, CallBegun, Content, Part, joined
+from deploy.api.parts import CallArguments, CallBegun, Content, Part
 from deploy.api.tool_calls import CallReader, GlmCall, HermesCall
+from tests.unit.read_parts import cut, joined, read
 
 SCHEMAS: dict[str, Any] = {
     "f": {
@@ -29,11 +30,6 @@ def hermes() -> CallReader:
 
 def glm() -> CallReader:
     return CallReader(lambda: GlmCall(SCHEMAS))
-
-
-def read(reader: CallReader, pieces: list[str]) -> list[Part]:
-    parts = [part for piece in pieces for part in reader.push(piece)]
-    return joined(parts + reader.flush())
 
 
 def hermes_call(name: str, arguments: str) -> str:
@@ -88,7 +84,7 @@ def calls(*called: tuple[str, str]) -> list[Part]:
 )
 def test_hermes(text: str, expected: list[Part]) -> None:
     assert read(hermes(), [text]) == expected
-    assert read(hermes(), list(text)) == expected
+    assert read(hermes(), text) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,7 +117,7 @@ def test_hermes(text: str, expected: list[Part]) -> None:
 )
 def test_glm(text: str, expected: list[Part]) -> None:
     assert read(glm(), [text]) == expected
-    assert read(glm(), list(text)) == expected
+    assert read(glm(), text) == expected
 
 
 def slowly(text: str, call: str, arguments: Callable[[str], str]) -> list[Part]:
@@ -176,9 +172,7 @@ def test_glm_in_pieces_is_what_the_whole_text_says(words: list[str], data: st.Da
 def check_pieces(
     new_reader: Callable[[], CallReader], text: str, expected: list[Part], data: st.DataObject
 ) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    for way in ([text], pieces, list(text)):
+    for way in ([text], cut(text, data), text):
         assert read(new_reader(), way) == expected
 
 
