@@ -51,23 +51,35 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """render_chat, encoded. The template itself writes the tokens around a text."""
+        """render_chat, encoded."""
         text = self.render_chat(
             messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
         )
+        return self.encode_rendered(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """What render_chat wrote: the template itself writes the tokens around a text."""
         return self._fast.encode(text, add_special_tokens=False).ids
+
+    @property
+    def chat_template(self) -> str:
+        """The checkpoint's template as it stands there, all of them if it has several; "" if it has none."""
+        template = self._hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else template
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The chat as the checkpoint's template writes it, in transformers' jinja sandbox.
 
-        messages: OpenAI's, with "role" and "content". add_generation_prompt: end where the assistant speaks.
-        template_kwargs: further variables of the template, such as enable_thinking.
+        messages: OpenAI's, with "role" and "content"; the arguments of calls among them are mappings. tools: that the
+        model may call, as OpenAI's. add_generation_prompt: end where the assistant speaks. template_kwargs: further
+        variables of the template, such as enable_thinking.
         Raises ValueError if the model has no template, or the template refuses what it is given.
         """
         if not self._hf.chat_template:
@@ -81,6 +93,7 @@ class Tokenizer:
         try:
             text = self._hf.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **variables,

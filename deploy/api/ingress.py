@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -16,11 +16,15 @@ from pydantic import BaseModel, ValidationError
 
 from deploy.api.access_log import counted
 from deploy.api.asgi import EventStream
+from deploy.api.chat_shape import ChatShape
+from deploy.api.chats import ChatFormat
+from deploy.api.completion_shape import CompletionShape
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
 from deploy.api.errors import INTERNAL_ERROR, ApiError, invalid_body
+from deploy.api.fields import ignored_fields
 from deploy.api.reply import Reply, server_sent, to_json
-from deploy.api.requests import ChatCompletionRequest, CompletionRequest, ignored_fields
-from deploy.api.responses import ChatShape, CompletionShape, Shape, Vocabulary
+from deploy.api.requests import ChatCompletionRequest, CompletionRequest
+from deploy.api.responses import Shape, Vocabulary
 from deploy.api.tokenize import DetokenizeRequest, TokenizeRequest, Tokens, tokenized
 from deploy.version import version
 from router.request import Request, RequestOutput, SamplingParams
@@ -35,6 +39,9 @@ Body = TypeVar("Body", bound=BaseModel)
 class Tokenizer(Vocabulary, Tokens, Protocol):
     """What the ingress needs of router.tokenizer.Tokenizer."""
 
+    @property
+    def chat_template(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -43,6 +50,15 @@ class Served:
     name: str
     vocab_size: int
     defaults: SamplingParams
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A body's prompts as tokens, the shape of its answer, and the grammar that every choice has to be of."""
+
+    prompts: list[list[int]]
+    shape: Shape
+    grammar: str | None
 
 
 class Ingress:
@@ -55,6 +71,7 @@ class Ingress:
         self._tokenizer = tokenizer
         self._model = model
         self._timeout_s = timeout_s
+        self._chats = ChatFormat(tokenizer.chat_template)
         self._created = int(time.time())
 
     async def chat_completions(self, http: HttpRequest) -> Response:
@@ -62,17 +79,17 @@ class Ingress:
         self._check_model(body.model)
         limits = self._limits()
         _check_count(body.n, limits, param="n")
-        # In a thread: a long prompt must not hold up everybody's streams.
-        prompt = await asyncio.to_thread(self._encode_chat, body, limits)
-        return await self._answer(body, [prompt], ChatShape(self._tokenizer))
+        # In a thread: a long prompt, or a grammar, must not hold up everybody's streams.
+        asked = await asyncio.to_thread(self._asked_in_chat, body, limits)
+        return await self._answer(body, asked)
 
     async def completions(self, http: HttpRequest) -> Response:
         body = _parse(CompletionRequest, await http.body())
         self._check_model(body.model)
         limits = self._limits()
         _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
-        prompts = await asyncio.to_thread(self._encode, body, limits)
-        return await self._answer(body, prompts, CompletionShape(self._tokenizer))
+        asked = await asyncio.to_thread(self._asked, body, limits)
+        return await self._answer(body, asked)
 
     async def tokenize(self, http: HttpRequest) -> Response:
         body = _parse(TokenizeRequest, await http.body())
@@ -119,24 +136,22 @@ class Ingress:
         report = {"ready": state.ready, "reason": state.reason, "detail": detail}
         return _json_response(report, status=200 if state.ready else 503)
 
-    async def _answer(
-        self, body: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]], shape: Shape
-    ) -> Response:
-        reply_id = f"{shape.id_prefix}-{uuid4().hex}"
-        requests = _requests(body, prompts, reply_id, self._model.defaults, timeout_s=self._timeout_s)
-        prompt_tokens = sum(map(len, prompts))
+    async def _answer(self, body: ChatCompletionRequest | CompletionRequest, asked: _Asked) -> Response:
+        reply_id = f"{asked.shape.id_prefix}-{uuid4().hex}"
+        requests = _requests(body, asked, reply_id, self._model.defaults, timeout_s=self._timeout_s)
+        prompt_tokens = [len(prompt) for prompt in asked.prompts]
         reply = Reply(
-            shape,
+            asked.shape,
             reply_id=reply_id,
             created=int(time.time()),
             model=self._model.name,
             prompt_tokens=prompt_tokens,
-            num_choices=len(requests),
+            n=body.n,
             logprobs=requests[0].params.logprobs is not None,
             include_usage=body.include_usage,
         )
         outputs = generate_all(self._client, requests)
-        outputs = counted(outputs, completion_id=reply_id, prompt_tokens=prompt_tokens)
+        outputs = counted(outputs, completion_id=reply_id, prompt_tokens=sum(prompt_tokens))
         if body.stream:
             return EventStream(_events(reply, outputs), event_of=_error_event)
         async with aclosing(outputs):
@@ -144,20 +159,33 @@ class Ingress:
                 reply.add(index, output)
         return Response(reply.whole(), media_type="application/json")
 
-    def _encode_chat(self, body: ChatCompletionRequest, limits: Limits) -> list[int]:
+    def _asked_in_chat(self, body: ChatCompletionRequest, limits: Limits) -> _Asked:
         messages = [message.for_template() for message in body.messages]
+        tools = [tool.for_template() for tool in body.offered]
         try:
-            prompt = self._tokenizer.encode_chat(messages, template_kwargs=body.chat_template_kwargs)
+            text = self._tokenizer.render_chat(
+                messages, tools=tools, template_kwargs=body.chat_template_kwargs
+            )
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
+        prompt = self._tokenizer.encode_rendered(text)
         self._check_prompt(prompt, limits, param="messages", token_limit=body.token_limit)
-        return prompt
+        self._check_ids(body.logit_bias, param="logit_bias")
+        shape = ChatShape(
+            self._tokenizer,
+            new_reader=self._chats.new_reader(body, prompt=text),
+            calls_finish=not body.names_tool,
+        )
+        return _Asked([prompt], shape, self._chats.grammar(body))
 
-    def _encode(self, body: CompletionRequest, limits: Limits) -> list[list[int]]:
+    def _asked(self, body: CompletionRequest, limits: Limits) -> _Asked:
         prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
         for prompt in prompts:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
-        return prompts
+        self._check_ids(body.logit_bias, param="logit_bias")
+        shape = CompletionShape(self._tokenizer, body, prompts=prompts)
+        form = body.form()
+        return _Asked(prompts, shape, form.compile() if form else None)
 
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
@@ -171,7 +199,7 @@ class Ingress:
         if not prompt:
             raise ApiError(400, "The prompt is empty.", param=param)
         self._check_ids(prompt, param=param)
-        wanted = len(prompt) + (token_limit or 1)
+        wanted = len(prompt) + (1 if token_limit is None else token_limit)
         if wanted > limits.max_model_len:
             raise ApiError(
                 400,
@@ -181,7 +209,7 @@ class Ingress:
                 code="context_length_exceeded",
             )
 
-    def _check_ids(self, tokens: list[int], *, param: str) -> None:
+    def _check_ids(self, tokens: Collection[int], *, param: str) -> None:
         if tokens and (min(tokens) < 0 or max(tokens) >= self._model.vocab_size):
             message = f"A token id is outside the vocabulary of {self._model.vocab_size}."
             raise ApiError(400, message, param=param)
@@ -220,7 +248,7 @@ def _parse(kind: type[Body], sent: bytes) -> Body:
 
 def _requests(
     body: ChatCompletionRequest | CompletionRequest,
-    prompts: list[list[int]],
+    asked: _Asked,
     reply_id: str,
     defaults: SamplingParams,
     *,
@@ -228,12 +256,18 @@ def _requests(
 ) -> list[Request]:
     """n requests for each prompt; their places are the choices' indices."""
     try:
-        params = [body.sampling(choice, defaults) for choice in range(body.n)]
+        params = [body.sampling(choice, defaults, grammar=asked.grammar) for choice in range(body.n)]
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
         raise ApiError(400, str(error), param=str(error).partition("=")[0]) from error
     return [
-        Request(f"{reply_id}-{place * body.n + choice}", tuple(prompt), params[choice], timeout_s=timeout_s)
-        for place, prompt in enumerate(prompts)
+        Request(
+            f"{reply_id}-{place * body.n + choice}",
+            tuple(prompt),
+            params[choice],
+            priority=body.priority,
+            timeout_s=timeout_s,
+        )
+        for place, prompt in enumerate(asked.prompts)
         for choice in range(body.n)
     ]
 

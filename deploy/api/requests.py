@@ -1,58 +1,18 @@
-"""What OpenAI's clients send, as far as we serve it.
+"""What OpenAI's clients send, as far as we serve it: the two bodies. Field names beyond OpenAI's are vLLM's."""
 
-A field that would change the answer and is not served is refused by name. One that we do not know is ignored, and
-`ignored_fields` names it for the log. Null is the same as absent. Field names beyond OpenAI's are vLLM's.
-"""
-
-import reprlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    StrictInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BeforeValidator, Field, StrictInt, ValidationInfo, field_validator
 
+from deploy.api.fields import NotServed, Sent, only
+from deploy.api.messages import Message, NamedTool, Tool, ToolChoice
+from deploy.api.structured import Structured
 from router.request import SamplingParams
 
 _DEFAULT = SamplingParams()
 _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that are the model's own where a body does not say: see router.tokenizer.sampling_defaults."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Only:
-    """Refuses every value but these. They ask for nothing that we do not do anyway."""
-
-    served: tuple[Any, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return handler(schema) | {"enum": [*self.served] or [None]}
-
-    def _check(self, value: object) -> object:
-        if value not in self.served:
-            others = f" (only {', '.join(map(repr, self.served))})" if self.served else ""
-            raise ValueError(f"{reprlib.repr(value)} is not supported{others}")
-        return value
-
-
-def _only(*served: Any) -> _Only:
-    return _Only(served)
 
 
 def _listed(value: object) -> object:
@@ -80,54 +40,14 @@ StopStrings = Annotated[
     Field(max_length=16),
     BeforeValidator(_listed, json_schema_input_type=str | Annotated[list[str], Field(max_length=16)]),
 ]
-NotServed = Annotated[Any, _only()]
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
-class _Sent(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: object) -> object:
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
-
-
-def ignored_fields(sent: BaseModel) -> Iterator[str]:
-    """Dotted names of what a body holds and we do not know, without list positions; may repeat."""
-    yield from sent.model_extra or ()
-    for name in type(sent).model_fields:
-        value = getattr(sent, name)
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, BaseModel):
-                yield from (f"{name}.{ignored}" for ignored in ignored_fields(inner))
-
-
-class StreamOptions(_Sent):
+class StreamOptions(Sent):
     include_usage: bool = False
 
 
-class TextPart(_Sent):
-    type: Annotated[str, _only("text")]
-    text: str
-
-
-class Message(_Sent):
-    role: Annotated[str, _only("system", "developer", "user", "assistant")]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    tool_calls: Annotated[Any, _only([])] = None
-    function_call: NotServed = None
-    audio: NotServed = None
-
-    def for_template(self) -> dict[str, str]:
-        """What chat templates read. "developer" is OpenAI's newer name for "system", which templates know."""
-        role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content)
-        return {"role": role, "content": text}
-
-
-class _Body(_Sent):
+class _Body(Structured):
     """What both endpoints take."""
 
     model: str
@@ -135,34 +55,28 @@ class _Body(_Sent):
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    priority: Int32 = 0
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = Field(default=None, lt=2**31)
+    top_k: Int32 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     presence_penalty: float = _DEFAULT.presence_penalty
     frequency_penalty: float = _DEFAULT.frequency_penalty
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     stop: StopStrings = ()
-    stop_token_ids: TokenIds = []
+    stop_token_ids: TokenIds = Field(default_factory=list)
     ignore_eos: bool = False
+    min_tokens: int = _DEFAULT.min_tokens
 
-    logit_bias: Annotated[Any, _only({})] = None
-    echo: Annotated[Any, _only(False)] = None
-    min_tokens: Annotated[Any, _only(0)] = None
-    bad_words: Annotated[Any, _only([])] = None
+    bad_words: Annotated[Any, only([])] = None
     allowed_token_ids: NotServed = None
-    use_beam_search: Annotated[Any, _only(False)] = None
-    prompt_logprobs: NotServed = None
+    use_beam_search: Annotated[Any, only(False)] = None
     truncate_prompt_tokens: NotServed = None
-    include_stop_str_in_output: Annotated[Any, _only(False)] = None
-    skip_special_tokens: Annotated[Any, _only(True)] = None
-    structured_outputs: NotServed = None
-    guided_json: NotServed = None
-    guided_regex: NotServed = None
-    guided_choice: NotServed = None
-    guided_grammar: NotServed = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
 
     @field_validator("top_k")
     @classmethod
@@ -181,7 +95,14 @@ class _Body(_Sent):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _sampling(
-        self, choice: int, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+        self,
+        choice: int,
+        defaults: SamplingParams,
+        *,
+        grammar: str | None,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> SamplingParams:
         """For the choice-th of n answers: a seed makes each repeatable, not all of them equal."""
         asked = {name: getattr(self, name) for name in _MODELS_OWN if getattr(self, name) is not None}
@@ -189,13 +110,17 @@ class _Body(_Sent):
             defaults,
             **asked,
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             seed=None if self.seed is None else self.seed + choice,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            grammar=grammar,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -205,19 +130,21 @@ class ChatCompletionRequest(_Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: Annotated[list[Tool], Field(default_factory=list, fail_fast=True)]
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    modalities: Annotated[Any, only(["text"])] = None
     audio: NotServed = None
     web_search_options: NotServed = None
     chat_template: NotServed = None
-    add_generation_prompt: Annotated[Any, _only(True)] = None
-    continue_final_message: Annotated[Any, _only(False)] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    echo: Annotated[Any, only(False)] = None
+    prompt_logprobs: NotServed = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -226,24 +153,75 @@ class ChatCompletionRequest(_Body):
             raise ValueError("only allowed with logprobs=true")
         return top
 
+    @field_validator("tool_choice")
+    @classmethod
+    def _is_offered(cls, choice: str | NamedTool, info: ValidationInfo) -> str | NamedTool:
+        names = [tool.function.name for tool in info.data.get("tools", [])]
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"{choice.function.name[:100]!r} is not among the tools")
+        if choice == "required" and not names:
+            raise ValueError("'required' needs tools")
+        return choice
+
     @property
     def token_limit(self) -> int | None:
         """max_completion_tokens, the newer name, before max_tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced(self) -> list[Tool]:
+        """The tools of which one has to be called; empty: the model may answer in words."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
+
+    @property
+    def names_tool(self) -> bool:
+        return isinstance(self.tool_choice, NamedTool)
+
+    def sampling(self, choice: int, defaults: SamplingParams, *, grammar: str | None) -> SamplingParams:
         """Raises ValueError that begins with the field's name."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(choice, defaults, max_tokens=self.token_limit, logprobs=logprobs)
+        return self._sampling(
+            choice,
+            defaults,
+            grammar=grammar,
+            max_tokens=self.token_limit,
+            logprobs=logprobs,
+            prompt_logprobs=None,
+        )
 
 
 class CompletionRequest(_Body):
+    """echo: the text begins with the prompt, and so do its logprobs."""
+
     prompt: Prompts
-    max_tokens: int = Field(default=16, ge=1)  # OpenAI's default
+    echo: bool = False
+    max_tokens: int = Field(default=16, ge=0, validate_default=True)  # OpenAI's default
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = None
 
-    suffix: Annotated[Any, _only("")] = None
+    suffix: Annotated[Any, only("")] = None
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _none_with_echo(cls, max_tokens: int, info: ValidationInfo) -> int:
+        if not max_tokens and not info.data.get("echo"):
+            raise ValueError("0 is only allowed with echo=true, else it must be at least 1")
+        return max_tokens
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _not_streamed(cls, prompt_logprobs: int, info: ValidationInfo) -> int:
+        if info.data.get("stream"):
+            raise ValueError("not allowed with stream=true (echo=true with logprobs is)")
+        return prompt_logprobs
 
     @field_validator("best_of")
     @classmethod
@@ -256,6 +234,21 @@ class CompletionRequest(_Body):
     def token_limit(self) -> int:
         return self.max_tokens
 
-    def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
+    @property
+    def _scored(self) -> int | None:
+        """How many alternatives of the prompt's tokens the engine has to tell."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        if not self.max_tokens:
+            asked.append(0)  # the engine generates nothing only where it has the prompt to score
+        return max((number for number in asked if number is not None), default=None)
+
+    def sampling(self, choice: int, defaults: SamplingParams, *, grammar: str | None) -> SamplingParams:
         """Raises ValueError that begins with the field's name."""
-        return self._sampling(choice, defaults, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        return self._sampling(
+            choice,
+            defaults,
+            grammar=grammar,
+            max_tokens=self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self._scored,
+        )

@@ -1,15 +1,13 @@
-"""What OpenAI's clients are answered: the shapes of both endpoints. Pure."""
+"""What OpenAI's clients are answered: the objects of both endpoints, and what they are made from. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, NotRequired, Protocol
 
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
+from deploy.api.parts import Part, Reader
 from router.request import FinishReason, TokenLogprob
-
-_LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot hold
 
 
 class Vocabulary(Protocol):
@@ -20,10 +18,15 @@ class Vocabulary(Protocol):
     def token_bytes(self, token_id: int, /) -> bytes: ...
 
 
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(TypedDict):
@@ -42,46 +45,78 @@ class ChatLogprobs(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """Parallel lists, one entry per token. text_offset: where it begins in the texts of all tokens, joined."""
+    """Parallel lists, one entry per token. text_offset: where it begins in the texts of all tokens, joined.
+
+    null: of a prompt's first token, which nothing comes before.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    """vLLM's. rank: 1 for the likeliest; null for one that is not among the likeliest that were asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+class Function(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """index: in a stream only, where all but the first of a call have neither id, type nor name."""
+
+    index: NotRequired[int]
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: Function
 
 
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
-class ChatChoice(TypedDict):
+class _Choice(TypedDict):
+    """stop_reason: vLLM's: the stop string or token that ended it; not in a stream before the end."""
+
     index: int
+    finish_reason: str | None
+    stop_reason: NotRequired[str | int | None]
+
+
+class ChatChoice(_Choice):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
 
 
-class ChatChunkChoice(TypedDict):
-    index: int
+class ChatChunkChoice(_Choice):
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
 
 
-class CompletionChoice(TypedDict):
+class CompletionChoice(_Choice):
     """Whole, or one chunk of it."""
 
-    index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: str | None
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
 
 
 Choice = ChatChoice | ChatChunkChoice | CompletionChoice
@@ -104,16 +139,25 @@ class Completion(TypedDict):
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one choice, or all of it.
+    """Of one choice: its opening, which tells of the prompt; what was generated, or a part of that.
 
     logprobs: None if the request asked for none. offset: Shape.num_chars of the tokens before this piece.
     """
 
     index: int
-    text: str = ""
+    parts: Sequence[Part] = ()
     logprobs: Sequence[TokenLogprob] | None = None
     finish: FinishReason | None = None
+    stop_reason: str | int | None = None
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class Opening:
+    """prompt_logprobs: of all tokens of the prompt but the first, if the engine was asked for them."""
+
+    index: int
+    prompt_logprobs: Sequence[TokenLogprob]
 
 
 class Shape(Protocol):
@@ -123,114 +167,24 @@ class Shape(Protocol):
     whole_object: str
     chunk_object: str
 
-    def whole(self, choice: Piece) -> Choice: ...
+    def reader(self) -> Reader:
+        """Of one choice's text."""
+        ...
 
-    def chunk(self, piece: Piece) -> Choice: ...
+    def whole(self, opening: Opening, piece: Piece) -> Choice: ...
 
-    def opening(self, index: int) -> Choice | None:
-        """A choice's first chunk, before any text."""
+    def chunk(self, piece: Piece, *, called: bool) -> Choice:
+        """called: whether a tool call came, in this piece or before."""
+        ...
+
+    def opening(self, opening: Opening) -> Choice | None:
+        """A choice's first chunk, before anything generated."""
+        ...
+
+    def offset(self, opening: Opening) -> int:
+        """Of the first generated token."""
         ...
 
     def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
         """By how much these tokens move the offset of the next. The text itself may lag behind them."""
         ...
-
-
-class ChatShape:
-    """/v1/chat/completions."""
-
-    id_prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-
-    def whole(self, choice: Piece) -> ChatChoice:
-        return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": self._logprobs(choice),
-            "finish_reason": choice.finish,
-        }
-
-    def chunk(self, piece: Piece) -> ChatChunkChoice:
-        return self._chunk(piece, {"content": piece.text} if piece.text else {})
-
-    def opening(self, index: int) -> ChatChunkChoice:
-        return self._chunk(Piece(index), {"role": "assistant", "content": ""})
-
-    def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
-        return 0  # a chat has no offsets
-
-    def _chunk(self, piece: Piece, delta: Delta) -> ChatChunkChoice:
-        return {
-            "index": piece.index,
-            "delta": delta,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish,
-        }
-
-    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        if piece.logprobs is None:
-            return None
-        content: list[ChatTokenLogprob] = [
-            {
-                **self._token(scored.token, scored.logprob),
-                "top_logprobs": [self._token(*top) for top in scored.top],
-            }
-            for scored in piece.logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> TopLogprob:
-        return {
-            "token": self._vocabulary.token_text(token),
-            "logprob": max(logprob, _LEAST_LOGPROB),
-            "bytes": list(self._vocabulary.token_bytes(token)),
-        }
-
-
-class CompletionShape:
-    """/v1/completions."""
-
-    id_prefix = "cmpl"
-    whole_object = chunk_object = "text_completion"
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-
-    def whole(self, choice: Piece) -> CompletionChoice:
-        return self.chunk(choice)
-
-    def chunk(self, piece: Piece) -> CompletionChoice:
-        return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish,
-        }
-
-    def opening(self, index: int) -> None:
-        return None
-
-    def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
-        return sum(len(self._vocabulary.token_text(scored.token)) for scored in logprobs)
-
-    def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
-        if piece.logprobs is None:
-            return None
-        tokens = [self._vocabulary.token_text(scored.token) for scored in piece.logprobs]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [max(scored.logprob, _LEAST_LOGPROB) for scored in piece.logprobs],
-            "top_logprobs": [self._top(scored) for scored in piece.logprobs],
-            "text_offset": list(accumulate(map(len, tokens[:-1]), initial=piece.offset)) if tokens else [],
-        }
-
-    def _top(self, scored: TokenLogprob) -> dict[str, float]:
-        """By text, the chosen token's among them. Of tokens that look alike the likeliest counts."""
-        by_text: dict[str, float] = {}
-        for token, logprob in (*scored.top, (scored.token, scored.logprob)):
-            by_text.setdefault(self._vocabulary.token_text(token), max(logprob, _LEAST_LOGPROB))
-        return by_text

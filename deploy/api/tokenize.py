@@ -6,7 +6,9 @@ from typing import Any, Protocol
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
-from deploy.api.requests import Message, TokenIds, _Sent
+from deploy.api.fields import Sent
+from deploy.api.messages import Message
+from deploy.api.requests import TokenIds
 
 
 class Tokens(Protocol):
@@ -14,14 +16,17 @@ class Tokens(Protocol):
 
     def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]: ...
 
-    def encode_chat(
+    def encode_rendered(self, text: str, /) -> list[int]: ...
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any],
-    ) -> list[int]:
+    ) -> str:
         """Raises ValueError for messages that the model's template refuses."""
         ...
 
@@ -30,7 +35,7 @@ class Tokens(Protocol):
     def pieces(self, token_ids: Sequence[int], /) -> list[str]: ...
 
 
-class TokenizeRequest(_Sent):
+class TokenizeRequest(Sent):
     """Of a text, or of a chat as the model's template writes it."""
 
     model_config = ConfigDict(
@@ -54,7 +59,7 @@ class TokenizeRequest(_Sent):
         return self
 
 
-class DetokenizeRequest(_Sent):
+class DetokenizeRequest(Sent):
     model: str | None = None
     tokens: TokenIds
 
@@ -87,8 +92,9 @@ def _encode(body: TokenizeRequest, tokenizer: Tokens) -> list[int]:
     if body.prompt is not None:
         return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     assert body.messages is not None
-    return tokenizer.encode_chat(
+    text = tokenizer.render_chat(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs,
     )
+    return tokenizer.encode_rendered(text)

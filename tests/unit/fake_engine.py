@@ -1,11 +1,13 @@
 """What the ingress's tests put around it: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import httpx
+import openai
 from fastapi import FastAPI
 
 from deploy.api.config import ApiConfig
@@ -26,20 +28,30 @@ Step = RequestOutput | Exception | float | None
 
 
 class ByteTokenizer:
+    """Renders a chat as <tools>[...]<role>content, calls in JSON behind the content, and `tail` at the end."""
+
+    def __init__(self, chat_template: str = "", *, tail: str = "") -> None:
+        self.chat_template = chat_template
+        self._tail = tail
+
     def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(
+    encode_rendered = encode
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any],
-    ) -> list[int]:
+    ) -> str:
         if messages[-1]["content"] == "refuse":
             raise ValueError("the chat template failed: no")
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+        offered = f"<tools>{json.dumps(tools)}" if tools else ""
+        return offered + "".join(map(_rendered, messages)) + self._tail
 
     def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str:
         return bytes(token_ids).decode(errors="replace")
@@ -52,6 +64,11 @@ class ByteTokenizer:
 
     def token_bytes(self, token_id: int, /) -> bytes:
         return bytes([token_id])
+
+
+def _rendered(message: Mapping[str, Any]) -> str:
+    calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+    return f"<{message['role']}>{message['content']}{calls}"
 
 
 class FakeEngine:
@@ -106,12 +123,23 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
     ]
 
 
-def ingress_over(engine: EngineClient, config: ApiConfig = PLAIN) -> FastAPI:
-    return build_ingress(client=engine, tokenizer=ByteTokenizer(), model=MODEL, config=config)
+_BYTES = ByteTokenizer()
+
+
+def ingress_over(
+    engine: EngineClient, tokenizer: ByteTokenizer = _BYTES, *, config: ApiConfig = PLAIN
+) -> FastAPI:
+    return build_ingress(client=engine, tokenizer=tokenizer, model=MODEL, config=config)
 
 
 def http_client(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+def client_of(engine: EngineClient, tokenizer: ByteTokenizer = _BYTES) -> openai.AsyncOpenAI:
+    # Any: openai 3 wants httpx2's client, openai 2 httpx's; either works.
+    over_asgi: Any = http_client(ingress_over(engine, tokenizer))
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=over_asgi)
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def lines(written: io.StringIO) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_a_request_is_one_line_when_it_ends(written: io.StringIO, tmp_path: Path, stream: bool) -> None:
     (tmp_path / "keys").write_text("alice sesame")
-    app = ingress_over(FakeEngine(says("Hel", "lo")), ApiConfig(keys_file=tmp_path / "keys"))
+    app = ingress_over(FakeEngine(says("Hel", "lo")), config=ApiConfig(keys_file=tmp_path / "keys"))
     async with http_client(app) as http:
         response = await http.post(
             COMPLETIONS, json=PROMPT | {"stream": stream}, headers={"authorization": "Bearer sesame"}
@@ -85,7 +85,7 @@ async def test_a_request_is_one_line_when_it_ends(written: io.StringIO, tmp_path
 
 
 async def test_a_refusal_is_a_line_too(written: io.StringIO) -> None:
-    async with http_client(ingress_over(FakeEngine([]), ApiConfig(max_body_mib=1))) as http:
+    async with http_client(ingress_over(FakeEngine([]), config=ApiConfig(max_body_mib=1))) as http:
         for path, body in [("/nowhere", b""), (CHAT, b"{"), (CHAT, bytes(2**20 + 1))]:
             await http.post(path, content=body)
     assert [(line["path"], line["status"]) for line in lines(written)] == [
@@ -142,7 +142,7 @@ async def test_a_client_that_leaves_is_told_with_the_tokens_so_far(written: io.S
 
 async def test_probes_have_no_line_and_none_has_where_they_are_off(written: io.StringIO) -> None:
     for config, paths in [(ApiConfig(), ["/health", "/ready"]), (ApiConfig(access_log=False), ["/version"])]:
-        async with http_client(ingress_over(FakeEngine([]), config)) as http:
+        async with http_client(ingress_over(FakeEngine([]), config=config)) as http:
             for path in paths:
                 assert (await http.get(path)).status_code == 200
     assert not written.getvalue()

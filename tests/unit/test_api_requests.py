@@ -57,6 +57,17 @@ def completion(**fields: object) -> tuple[str, dict[str, Any]]:
         (chat(seed=2**63), "seed", "64-bit"),
         (chat(top_logprobs=2), "top_logprobs", "logprobs=true"),
         (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
+        (chat(logit_bias={"x": 1}), "logit_bias.x", "valid integer"),
+        (chat(logit_bias={"7": 101}), "logit_bias", "between -100 and 100"),
+        (chat(logit_bias={"256": 1}), "logit_bias", "outside the vocabulary of 256"),
+        (completion(logit_bias={"-1": 1}), "logit_bias", "outside the vocabulary"),
+        (chat(min_tokens=-1), "min_tokens", "at least 0"),
+        (chat(min_tokens=5, max_tokens=4), "min_tokens", "at most max_tokens=4"),
+        (chat(priority=2**31), "priority", "less than"),
+        (completion(max_tokens=0), "max_tokens", "only allowed with echo=true"),
+        (completion(max_tokens=-1, echo=True), "max_tokens", "greater than or equal to 0"),
+        (completion(prompt_logprobs=1, stream=True), "prompt_logprobs", "stream=true"),
+        (completion(prompt_logprobs=21), "prompt_logprobs", "less than or equal to 20"),
         (chat(stream_options={"include_usage": True}), "stream_options", "stream=true"),
         (completion(prompt=""), "prompt", "empty"),
         (completion(prompt=[]), "prompt", "at least 1"),
@@ -90,17 +101,18 @@ async def test_a_bad_field_is_named(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
+        {"tools": [{"type": "custom"}]},
+        {"tool_choice": "sometimes"},
         {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
-        {"logit_bias": {"50": 1}},
+        {"response_format": {"type": "structural_tag"}},
+        {"structured_outputs": {"structural_tag": "x"}},
+        {"echo": True},
+        {"prompt_logprobs": 1},
         {"modalities": ["audio"]},
         {"audio": {"voice": "x"}},
-        {"structured_outputs": {}},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "function", "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -126,7 +138,6 @@ async def test_fields_that_ask_for_nothing_are_accepted(http: httpx.AsyncClient)
     assert (await http.post(CHAT, json=HELLO | neutral)).status_code == 200
     best = {"model": "demo", "prompt": "x", "best_of": 2, "n": 2, "suffix": "", "echo": False}
     assert (await http.post(COMPLETIONS, json=best)).status_code == 200
-    assert (await http.post(COMPLETIONS, json=best | {"echo": True})).status_code == 400
 
 
 async def test_unknown_fields_are_ignored_and_logged(
@@ -166,6 +177,17 @@ async def test_sampling_that_is_not_asked_for_is_the_models_own(
     assert engine.requests[0].params == expected
 
 
+async def test_fields_of_sampling_reach_the_engine() -> None:
+    fields = {"logit_bias": {"7": -100, "8": 0.5}, "min_tokens": 2, "priority": -3, "max_tokens": 4}
+    engine = FakeEngine(says("Hello"))
+    async with http_client(ingress_over(engine)) as http:
+        for path, body in [chat(**fields), completion(**fields)]:
+            assert (await http.post(path, json=body)).status_code == 200
+    for request in engine.requests:
+        assert request.params.logit_bias == ((7, -100.0), (8, 0.5))
+        assert (request.params.min_tokens, request.priority) == (2, -3)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -191,7 +213,15 @@ FIELDS = [
         "logprobs",
         "top_logprobs",
         "best_of",
+        "echo",
+        "logit_bias",
         "tools",
+        "tool_choice",
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_grammar",
         "model",
         "user",
     ),

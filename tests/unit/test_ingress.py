@@ -108,10 +108,11 @@ async def test_the_context_is_what_the_engine_has_room_for() -> None:
 
 async def test_every_request_has_the_time_limit_of_the_config() -> None:
     engine = FakeEngine(says("Hel", finish="timeout"))
-    async with http_client(ingress_over(engine, ApiConfig(request_timeout_s=30))) as http:
+    async with http_client(ingress_over(engine, config=ApiConfig(request_timeout_s=30))) as http:
         answer = (await http.post(CHAT, json=HELLO | {"n": 2})).json()
     assert [request.timeout_s for request in engine.requests] == [30, 30]
-    assert [choice["finish_reason"] for choice in answer["choices"]] == ["timeout", "timeout"]
+    ended = [(choice["finish_reason"], choice["stop_reason"]) for choice in answer["choices"]]
+    assert ended == [("length", "timeout")] * 2
     assert answer["choices"][0]["message"]["content"] == "Hel"
 
 

@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 
 def guarded(file: Path) -> AsyncClient:
     config = ApiConfig(keys_file=file, cors_origins=(ORIGIN,), max_body_mib=1)
-    return http_client(ingress_over(FakeEngine(says("Hello")), config))
+    return http_client(ingress_over(FakeEngine(says("Hello")), config=config))
 
 
 async def asked(http: AsyncClient, authorization: str | None) -> Response:

@@ -10,17 +10,11 @@ import pytest
 from deploy.api import asgi
 from deploy.api.engine_client import QueueFull, RouterLost
 from router.request import Request, RequestOutput, TokenLogprob
-from tests.unit.fake_engine import FakeEngine, Step, http_client, ingress_over, says
+from tests.unit.fake_engine import FakeEngine, Step, client_of, says
 
 pytestmark = pytest.mark.anyio
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-
-
-def client_of(engine: FakeEngine) -> openai.AsyncOpenAI:
-    # Any: openai 3 wants httpx2's client, openai 2 httpx's; either works.
-    over_asgi: Any = http_client(ingress_over(engine))
-    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=over_asgi)
 
 
 async def test_a_chat_is_one_message_with_usage() -> None:
@@ -162,6 +156,46 @@ async def test_streamed_completions_join_to_the_whole_with_legacy_logprobs() -> 
     assert [(lp.tokens, lp.text_offset) for lp in logprobs if lp] == [(["a", "b"], [0, 1]), (["c"], [2])]
     assert [lp.token_logprobs for lp in logprobs if lp] == [[-0.5, -0.5], [-0.5]]
     assert [lp.top_logprobs for lp in logprobs if lp][1] == [{"c": -0.5, "\0": -2.0}]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("end", "reason", "stop_reason"),
+    [
+        ({"finish": "stop"}, "stop", None),
+        ({"finish": "stop", "stop_reason": "END"}, "stop", "END"),
+        ({"finish": "stop", "stop_reason": 7}, "stop", 7),
+        ({"finish": "length"}, "length", None),
+        ({"finish": "timeout"}, "length", "timeout"),
+    ],
+    ids=["model", "string", "token", "length", "timeout"],
+)
+async def test_a_choice_says_what_ended_it(
+    end: dict[str, Any], reason: str, stop_reason: object, stream: bool
+) -> None:
+    client = client_of(FakeEngine([RequestOutput("", "a", (97,), **end)]))
+    for answer in (
+        await client.chat.completions.create(model="demo", messages=HELLO, stream=stream),
+        await client.completions.create(model="demo", prompt="x", stream=stream),
+    ):
+        any_answer: Any = answer
+        choices = [chunk.choices[0] async for chunk in any_answer] if stream else any_answer.choices
+        assert (choices[-1].finish_reason, choices[-1].stop_reason) == (reason, stop_reason)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_usage_says_how_much_of_each_prompt_was_cached(stream: bool) -> None:
+    def script(request: Request) -> Sequence[Step]:
+        first = RequestOutput("", "a", (97,), num_cached=len(request.prompt) - 1)
+        return [first, *says("b")]
+
+    client = client_of(FakeEngine(script))
+    options: Any = {"stream_options": {"include_usage": True}} if stream else {}
+    answer: Any = await client.completions.create(
+        model="demo", prompt=["abc", "de"], n=2, stream=stream, **options
+    )
+    usage = [chunk async for chunk in answer][-1].usage if stream else answer.usage
+    assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (5, 3)
 
 
 async def test_models_lists_the_one_model() -> None:

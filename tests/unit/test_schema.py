@@ -35,7 +35,7 @@ def test_the_schema_has_the_bodies_that_are_parsed() -> None:
 
 def test_the_schema_says_what_asks_for_a_key(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("sesame")
-    described = ingress_over(FakeEngine([]), ApiConfig(keys_file=tmp_path / "keys")).openapi()
+    described = ingress_over(FakeEngine([]), config=ApiConfig(keys_file=tmp_path / "keys")).openapi()
     asking = {
         path
         for path, methods in described["paths"].items()

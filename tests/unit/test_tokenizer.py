@@ -189,6 +189,27 @@ def test_chat_templates_get_variables(tmp_path: Path) -> None:
     assert tokenizer.render_chat(messages, template_kwargs={"enable_thinking": False}) == "False"
 
 
+def test_chat_templates_get_tools_and_the_arguments_of_calls(tmp_path: Path) -> None:
+    template = (
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+        "{% for call in messages[0].tool_calls %}{{ call.function.name }}"
+        "{% for k, v in call.function.arguments.items() %}({{ k }}={{ v }}){% endfor %}{% endfor %}"
+    )
+    tokenizer = with_template(tmp_path, template)
+    assert tokenizer.chat_template == template
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert tokenizer.render_chat(messages) == "f(a=1)"
+    tool = {"type": "function", "function": {"name": "f"}}
+    written = '{"type": "function", "function": {"name": "f"}}f(a=1)'
+    assert tokenizer.render_chat(messages, tools=[tool]) == written
+    assert tokenizer.encode_rendered(written) == tokenizer.encode(written)
+
+
+def test_a_checkpoint_without_a_template_has_an_empty_one(metaspace: Tokenizer) -> None:
+    assert metaspace.chat_template == ""
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -1,0 +1,92 @@
+"""What an answer's text is made of, and how it is read: plain, or with reasoning and tool calls in it. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import uuid4
+
+
+@dataclass(frozen=True)
+class Content:
+    """Text for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallBegun:
+    """The index-th call of the answer; its arguments follow."""
+
+    index: int
+    name: str
+    id: str = field(default_factory=lambda: f"call_{uuid4().hex[:24]}", compare=False)
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """Part of a call's arguments: joined they are JSON, unless the model broke off or wrote something else."""
+
+    index: int
+    text: str
+
+
+Part = Content | Reasoning | CallBegun | CallArguments
+
+
+class Reader(Protocol):
+    """Reads one answer. However its text is cut into pieces, the parts joined are the same."""
+
+    def push(self, text: str, /) -> list[Part]:
+        """The parts that are now certain."""
+        ...
+
+    def flush(self) -> list[Part]:
+        """The rest, when no more text comes."""
+        ...
+
+
+class PlainReader:
+    """All of it is content."""
+
+    def push(self, text: str, /) -> list[Part]:
+        return [Content(text)] if text else []
+
+    def flush(self) -> list[Part]:
+        return []
+
+
+class ChatReader:
+    """Reasoning first, then text with calls. max_calls: further ones are left out, as the client asked."""
+
+    def __init__(self, reasoning: Reader, calls: Reader, *, max_calls: int | None) -> None:
+        self._reasoning = reasoning
+        self._calls = calls
+        self._max_calls = max_calls
+
+    def push(self, text: str, /) -> list[Part]:
+        return self._read(self._reasoning.push(text))
+
+    def flush(self) -> list[Part]:
+        return self._read(self._reasoning.flush()) + self._allowed(self._calls.flush())
+
+    def _read(self, parts: Iterable[Part]) -> list[Part]:
+        read: list[Part] = []
+        for part in parts:
+            read += self._calls.push(part.text) if isinstance(part, Content) else [part]
+        return self._allowed(read)
+
+    def _allowed(self, parts: list[Part]) -> list[Part]:
+        if self._max_calls is None:
+            return parts
+        return [
+            part
+            for part in parts
+            if not (isinstance(part, CallBegun | CallArguments) and part.index >= self._max_calls)
+        ]
