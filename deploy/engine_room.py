@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from deploy.config import AppArgs
 from experts.backends import KernelSettings
@@ -31,6 +32,9 @@ def build_engine(
     on_lost: Callable[[StepFailed], None],
 ) -> Engine:
     """An engine that has not started. local: the experts that it shall hold itself; None for fabric `tcp`."""
+    bars = args.api.log_format == "text"  # they are no JSON
+    if not bars:
+        disable_progress_bar()  # transformers', for the trunk's weights
     torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
     device = default_device()
     trunk_dtype = resolve_dtype(args.router.dtype, device=device)
@@ -39,8 +43,7 @@ def build_engine(
     fabric: Fabric
     members: Membership | None = None
     if local is not None:
-        progress = args.api.log_format == "text"
-        fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device, progress=progress)
+        fabric, members = _local(args.model.path, local, dtype=wire_dtype, device=device, bars=bars)
     else:
         _check_step(args, hidden=trunk.shape.hidden, wire_dtype=wire_dtype)
         fabric = TcpFabric(
@@ -74,7 +77,7 @@ def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:
 
 
 def _local(
-    path: Path, experts: ExpertsConfig, *, dtype: torch.dtype, device: torch.device, progress: bool
+    path: Path, experts: ExpertsConfig, *, dtype: torch.dtype, device: torch.device, bars: bool
 ) -> tuple[LocalFabric, Membership]:
     with ExpertCheckpoint(path) as checkpoint:
         placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
@@ -87,7 +90,7 @@ def _local(
                 dtype=dtype,
                 device=device,
                 settings=KernelSettings.of(experts),
-                progress=progress,
+                progress=bars,
             )
             for rank in range(experts.shards)
         ]
