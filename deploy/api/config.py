@@ -32,4 +32,5 @@ class ApiConfig(Config):
     """A line for every request when it ends, but for probes: /health and /ready."""
 
     log_format: LogFormat = "text"
-    """Of all our processes. A Fleet and shards that run keep what they were started with."""
+    """Of what we write in every process; Serve's own lines follow its `logging_config`. A Fleet and shards that run keep
+    what they were started with."""

@@ -241,3 +241,7 @@ async def test_shards_are_let_go_when_the_last_router_has_left(
     async with asyncio.timeout(TIMEOUT_S):
         await shards.exited.wait()
     assert not shards.handles
+
+
+def test_another_log_format_is_no_reason_to_load_shards_anew() -> None:
+    assert fleet_spec() == dataclasses.replace(fleet_spec(), log_format="json")
