@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from experts.checkpoint import trunk_tensors
 from experts.checkpoint_index import CheckpointIndex
@@ -68,6 +69,7 @@ class Trunk:
 def _load(
     path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, report: Report
 ) -> Any:
+    disable_progress_bar()  # theirs: it writes into logs, and ours tells how far it is
     family: Any = _without_experts(config)
     model, info = family.from_pretrained(
         None,
