@@ -1,7 +1,6 @@
 """Roster: every request that the engine holds, from its arrival to its last output."""
 
-import heapq
-import itertools
+import math
 from collections.abc import Iterable
 
 from router.request import RequestOutput
@@ -18,8 +17,7 @@ class Roster:
         self.retries = Retries()
         self._scheduler = scheduler
         self._live: dict[str, RunningRequest] = {}
-        self._deadlines: list[tuple[float, int, RunningRequest]] = []  # a heap; some have ended already
-        self._count = itertools.count()
+        self._earliest = math.inf  # of the deadlines; its request may have ended already
 
     def __len__(self) -> int:
         return len(self._live)
@@ -28,7 +26,7 @@ class Roster:
         """It waits for its first step."""
         self._live[live.request.id] = live
         self._scheduler.add(live)
-        heapq.heappush(self._deadlines, (live.deadline, next(self._count), live))
+        self._earliest = min(self._earliest, live.deadline)
 
     def next_plan(self) -> StepPlan:
         """Of a step to be tried again, else a new one. Not if there is no request."""
@@ -50,10 +48,10 @@ class Roster:
 
     def expire(self, now: float) -> list[RequestOutput]:
         """Forget requests whose time is up; each keeps the text that it has."""
-        outputs = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            live = heapq.heappop(self._deadlines)[2]
-            if live.request.id in self._live:
-                self.forget(live.request.id)
-                outputs.append(live.answer.expire())
-        return outputs
+        if now < self._earliest:
+            return []
+        late = [live for live in self._live.values() if live.deadline <= now]
+        for live in late:
+            self.forget(live.request.id)
+        self._earliest = min((live.deadline for live in self._live.values()), default=math.inf)
+        return [live.answer.expire() for live in late]

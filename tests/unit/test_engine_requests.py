@@ -1,6 +1,8 @@
 """What a request may ask of its answer, on the demo model."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,17 @@ def test_a_wrong_grammar_is_refused_before_it_is_queued() -> None:
         pytest.raises(ValueError, match=r"grammar: .*unknown name"),
     ):
         server.engine.prepare(Request("x", PROMPT, wrong))
+
+
+@pytest.mark.parametrize("timeout_s", [None, 600.0])
+def test_who_has_ended_is_forgotten(timeout_s: float | None) -> None:
+    """Also before its time is up: a server that runs for months must not collect them."""
+    with in_process(DEMO, num_shards=1) as server:
+        prepared = server.engine.prepare(Request("one", PROMPT, GREEDY, timeout_s=timeout_s))
+        server.answers["one"] = Joined()
+        server.engine.submit(prepared)
+        trace = weakref.ref(prepared)
+        del prepared
+        server.run([])
+        gc.collect()
+        assert trace() is None
