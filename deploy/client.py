@@ -19,6 +19,7 @@ from router.request import QueueFull, Request, RequestOutput
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.2
+MAX_RETRY_AFTER_S = 60.0
 RENEW_S = 2.0
 """A router drops an ingress that is silent for several times as long."""
 
@@ -27,16 +28,28 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class _Attachment:
-    """To one router. inbox: outputs by request. lost: done once this router holds nothing of ours any more."""
+    """To one router. inbox: outputs by request. lost: done once this router holds nothing of ours any more.
+
+    held: the requests that it has taken and not ended. queued_s: how long the last one to run had waited.
+    """
 
     name: str
     lost: asyncio.Future[RouterLost]
     inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    queued_s: float = 0.0
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             if inbox := self.inbox.get(output.id):
                 inbox.put_nowait(output)
+            if output.finish:
+                self.held.discard(output.id)
+            self.queued_s = output.queued_s or self.queued_s
+
+    def full(self) -> QueueFull:
+        """Come again when half of the queue has gone."""
+        return QueueFull(max(1.0, min(self.queued_s / 2, MAX_RETRY_AFTER_S)))
 
     def lose(self, error: RouterLost) -> None:
         self.lost.set_result(error)
@@ -72,6 +85,12 @@ class HandleClient:
             raise self._why_not
         return self._limits
 
+    def check_room(self) -> None:
+        """See EngineClient."""
+        attachment = self._attached()
+        if self._limits is not None and len(attachment.held) >= self._limits.max_requests:
+            raise attachment.full()
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See EngineClient."""
         attachment = self._attached()
@@ -80,6 +99,7 @@ class HandleClient:
         held = True  # by the router, as far as we know
         try:
             await asyncio.shield(submitting)
+            attachment.held.add(request.id)
             while held:
                 output = await inbox.get()
                 if isinstance(output, RouterLost):
@@ -88,6 +108,7 @@ class HandleClient:
                 yield output
         finally:
             del attachment.inbox[request.id]
+            attachment.held.discard(request.id)
             if held and not _refused(submitting):
                 withdrawing = _apart(self._withdraw(attachment, request.id, submitting))
                 self._withdrawing.add(withdrawing)
@@ -110,7 +131,7 @@ class HandleClient:
         if refusal is None:
             return
         if refusal.kind == "full":
-            raise QueueFull(refusal.retry_after_s)
+            raise attachment.full()
         if refusal.kind == "draining":
             raise Stopping(refusal.why)
         raise RouterLost(refusal.why) if refusal.kind == "lost" else ValueError(refusal.why)

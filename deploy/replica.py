@@ -123,8 +123,8 @@ class RouterReplica:
             if ingress not in self._outboxes:  # it attached to a router before this one
                 return Refusal("lost", "the router was replaced, or did not hear from this ingress")
             self._engine.submit(prepared)
-        except QueueFull as error:
-            return Refusal("full", "the queue is full", retry_after_s=error.retry_after_s)
+        except QueueFull:
+            return Refusal("full", "the queue is full")
         except ValueError as error:
             return Refusal("invalid", str(error))
         self._outboxes.add(ingress, request.id)

@@ -87,7 +87,6 @@ class Refusal:
 
     kind: Literal["full", "invalid", "lost", "draining"]
     why: str
-    retry_after_s: float = 0.0
 
 
 def fleet_name(app: str) -> str:

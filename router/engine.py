@@ -145,7 +145,7 @@ class Engine:
         """Queue a request. Raises QueueFull when too many wait."""
         num_live = len(self._roster) + self._mailbox.num_submitted
         if num_live >= self._config.max_requests + self._config.max_queue:
-            raise QueueFull(retry_after_s=1.0)
+            raise QueueFull
         self._mailbox.submit(prepared)
 
     def cancel(self, request_id: str) -> None:

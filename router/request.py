@@ -73,7 +73,7 @@ def _check(name: str, value: object, ok: bool, rule: str) -> None:
 class QueueFull(Exception):
     """The engine takes no more requests now; it may after `retry_after_s`."""
 
-    def __init__(self, retry_after_s: float) -> None:
+    def __init__(self, retry_after_s: float = 1.0) -> None:
         super().__init__(retry_after_s)
         self.retry_after_s = retry_after_s
 

@@ -47,6 +47,13 @@ class EngineClient(Protocol):
         """Of the engine that serves, or served last. Raises RouterLost while none has been reached yet."""
         ...
 
+    def check_room(self) -> None:
+        """Cheap, before anything else: raises QueueFull if this client alone has filled the engine, or RouterLost.
+
+        Where it does not raise, the engine may refuse all the same.
+        """
+        ...
+
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Outputs until one has `finish`. Closing it, or cancelling the task that reads it, cancels the request.
 
@@ -112,10 +119,7 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
                 if output.finish is not None:
                     return
         except QueueFull as error:
-            message = "Too many requests are waiting; try again later."
-            raise ApiError(
-                429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s
-            ) from error
+            raise too_many(error) from error
         except RouterLost as error:
             raise no_router(error) from error
         except Stopping as error:
@@ -123,6 +127,11 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
         except ValueError as error:
             raise ApiError(400, str(error)) from error
     raise AssertionError(f"{request.id}: the engine's outputs ended without a finish")
+
+
+def too_many(error: QueueFull) -> ApiError:
+    message = "Too many requests are waiting; try again later."
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
 
 
 def no_router(error: RouterLost) -> ApiError:

@@ -19,7 +19,15 @@ from deploy.api.asgi import EventStream
 from deploy.api.chat_shape import ChatShape
 from deploy.api.chats import ChatFormat
 from deploy.api.completion_shape import CompletionShape
-from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost, generate_all, no_router
+from deploy.api.engine_client import (
+    EngineClient,
+    Limits,
+    Readiness,
+    RouterLost,
+    generate_all,
+    no_router,
+    too_many,
+)
 from deploy.api.errors import INTERNAL_ERROR, ApiError, invalid_body
 from deploy.api.fields import ignored_fields
 from deploy.api.reply import Reply, server_sent, to_json
@@ -27,7 +35,7 @@ from deploy.api.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.responses import Shape, Vocabulary
 from deploy.api.tokenize import DetokenizeRequest, TokenizeRequest, Tokens, tokenized
 from deploy.version import version
-from router.request import Request, RequestOutput, SamplingParams
+from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +83,7 @@ class Ingress:
         self._created = int(time.time())
 
     async def chat_completions(self, http: HttpRequest) -> Response:
+        self._check_room()
         body = _parse(ChatCompletionRequest, await http.body())
         self._check_model(body.model)
         limits = self._limits()
@@ -84,6 +93,7 @@ class Ingress:
         return await self._answer(body, asked)
 
     async def completions(self, http: HttpRequest) -> Response:
+        self._check_room()
         body = _parse(CompletionRequest, await http.body())
         self._check_model(body.model)
         limits = self._limits()
@@ -213,6 +223,15 @@ class Ingress:
         if tokens and (min(tokens) < 0 or max(tokens) >= self._model.vocab_size):
             message = f"A token id is outside the vocabulary of {self._model.vocab_size}."
             raise ApiError(400, message, param=param)
+
+    def _check_room(self) -> None:
+        """First of all: a server that is full must not spend its time on refusals."""
+        try:
+            self._client.check_room()
+        except QueueFull as error:
+            raise too_many(error) from error
+        except RouterLost as error:
+            raise no_router(error) from error
 
     def _limits(self) -> Limits:
         try:

@@ -14,7 +14,7 @@ from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
 from deploy.api.ingress import Served
 from deploy.api.routes import build_ingress
-from router.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
+from router.request import FinishReason, QueueFull, Request, RequestOutput, SamplingParams, TokenLogprob
 
 LIMITS = Limits(max_model_len=64, max_requests=48)
 MODEL = Served("demo", vocab_size=256, defaults=SamplingParams(temperature=0.5, top_k=40))
@@ -80,11 +80,17 @@ class FakeEngine:
         self.running: set[str] = set()
         self.readiness: Readiness | Exception = Readiness(ready=True, detail={"epoch": 3})
         self.reached: Limits | RouterLost = LIMITS
+        self.full: QueueFull | None = None
 
     def limits(self) -> Limits:
         if isinstance(self.reached, RouterLost):
             raise self.reached
         return self.reached
+
+    def check_room(self) -> None:
+        self.limits()
+        if self.full:
+            raise self.full
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)

@@ -126,6 +126,29 @@ async def test_outputs_come_until_one_has_a_finish(client: HandleClient, handle:
     assert not handle.called("cancel")
 
 
+async def test_whoever_has_filled_the_router_knows_it_without_asking(
+    client: HandleClient, handle: Handle
+) -> None:
+    """And says when half of the queue will have gone: half of what the last request to run had waited."""
+    handle.will_answer("submit", None)
+    requests = [Request(f"r{n}", (1,), SamplingParams()) for n in range(LIMITS.max_requests)]
+    tasks = [asyncio.create_task(anext(client.generate(request))) for request in requests]
+    await settle()
+    with pytest.raises(QueueFull) as refused:
+        client.check_room()
+    assert refused.value.retry_after_s == 1
+    handle.streams[0].items.put_nowait([RequestOutput("r0", "a", queued_s=9.0), RequestOutput("r0", "b")])
+    await settle()
+    with pytest.raises(QueueFull) as refused:
+        client.check_room()
+    assert refused.value.retry_after_s == 4.5
+    handle.streams[0].items.put_nowait([RequestOutput("r3", "a", finish="stop")])
+    await settle()
+    client.check_room()
+    for task in tasks:
+        task.cancel()
+
+
 async def test_calls_of_a_request_are_not_its_children(client: HandleClient, handle: Handle) -> None:
     """Serve cancels the calls that a cancelled HTTP request has made, which it knows by a context variable."""
     http_request.set("r1")
@@ -142,7 +165,7 @@ async def test_calls_of_a_request_are_not_its_children(client: HandleClient, han
 @pytest.mark.parametrize(
     ("refusal", "expected"),
     [
-        (Refusal("full", "", retry_after_s=2), QueueFull),
+        (Refusal("full", ""), QueueFull),
         (Refusal("invalid", "too long"), ValueError),
         (Refusal("lost", "replaced"), RouterLost),
         (ActorDiedError(), RouterLost),

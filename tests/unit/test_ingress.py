@@ -149,6 +149,17 @@ async def test_the_status_of_a_stream_waits_for_a_while(
     assert json.loads(answer)["error"]["code"] == "rate_limit_exceeded"
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_full_server_refuses_before_it_looks_into_a_body(path: str) -> None:
+    engine = FakeEngine([])
+    engine.full = QueueFull(3.2)
+    async with http_client(ingress_over(engine)) as http:
+        response = await http.post(path, content=b"whatever")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "4"
+    assert error_of(response)["code"] == "rate_limit_exceeded"
+
+
 async def test_a_bug_is_logged_with_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
     async with http_client(ingress_over(FakeEngine([KeyError("secret")]))) as http:
         response = await http.post(CHAT, json=HELLO)
