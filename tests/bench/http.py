@@ -13,7 +13,6 @@ that came, so both sides are counted alike.
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from router.tokenizer import Tokenizer
+from tests.bench.client import stream
 from tests.bench.report import emit
 from tests.cluster.server import eventually, free_port, serving
 from tests.oracle import Oracle
@@ -115,20 +115,10 @@ async def _rate(target: Target, streams: int) -> float:
 
 
 async def _stream(client: httpx.AsyncClient, target: Target, prompt: str) -> str:
-    body = {
-        "model": target.model,
-        "prompt": prompt,
-        "max_tokens": NUM_TOKENS,
-        "temperature": 0,
-        "stream": True,
-    }
-    text = ""
-    async with client.stream("POST", f"{target.url}/v1/completions", json=body) as answer:
-        assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                text += "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
-    return text
+    body = {"model": target.model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
+    streamed = await stream(client, target.url, body)
+    assert streamed.status == 200, streamed
+    return streamed.text
 
 
 @contextlib.contextmanager
