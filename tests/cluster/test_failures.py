@@ -41,19 +41,20 @@ class Arrivals:
 
 
 async def _stream(server: Server, index: int, arrivals: Arrivals) -> str:
-    stream = await server.async_client().completions.create(
-        model="demo",
-        prompt=f"def function_{index}(x):\n",
-        max_tokens=NUM_TOKENS,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
     text = ""
-    async for chunk in stream:
-        if chunk.choices[0].text:
-            arrivals.note(first=not text)
-        text += chunk.choices[0].text
+    async with server.async_client() as client:
+        stream = await client.completions.create(
+            model="demo",
+            prompt=f"def function_{index}(x):\n",
+            max_tokens=NUM_TOKENS,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in stream:
+            if chunk.choices[0].text:
+                arrivals.note(first=not text)
+            text += chunk.choices[0].text
     return text
 
 

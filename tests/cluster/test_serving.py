@@ -59,16 +59,20 @@ def test_32_at_once_are_what_each_is_alone(server: Server) -> None:
     alone = [greedy(server, prompt) for prompt in PROMPTS[:4]]
 
     async def together() -> list[str]:
-        client = server.async_client()
-        answers = await asyncio.gather(
-            *(
-                client.completions.create(
-                    model="demo", prompt=prompt, max_tokens=24, temperature=0, extra_body={"ignore_eos": True}
+        async with server.async_client() as client:
+            answers = await asyncio.gather(
+                *(
+                    client.completions.create(
+                        model="demo",
+                        prompt=prompt,
+                        max_tokens=24,
+                        temperature=0,
+                        extra_body={"ignore_eos": True},
+                    )
+                    for prompt in PROMPTS
                 )
-                for prompt in PROMPTS
             )
-        )
-        return [answer.choices[0].text for answer in answers]
+            return [answer.choices[0].text for answer in answers]
 
     texts = asyncio.run(together())
     assert texts[:4] == alone
@@ -79,13 +83,14 @@ def test_a_client_that_leaves_frees_its_slot_and_blocks(server: Server) -> None:
     free = server.detail()["num_free_blocks"]
 
     async def leave_early() -> None:
-        stream = await server.async_client().completions.create(
-            model="demo", prompt=PROMPTS[1], max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
-        )
-        async for _ in stream:
-            assert server.detail()["num_running"] == 1
-            break
-        await stream.close()
+        async with server.async_client() as client:
+            stream = await client.completions.create(
+                model="demo", prompt=PROMPTS[1], max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+            )
+            async for _ in stream:
+                assert server.detail()["num_running"] == 1
+                break
+            await stream.close()
 
     asyncio.run(leave_early())
     eventually(lambda: server.detail()["num_running"] == 0, what="the slot is free", timeout_s=5)
@@ -94,17 +99,21 @@ def test_a_client_that_leaves_frees_its_slot_and_blocks(server: Server) -> None:
 
 def test_a_full_queue_is_a_429_with_retry_after(server: Server) -> None:
     async def flood() -> list[openai.APIStatusError]:
-        client = server.async_client()
-        answers = await asyncio.gather(
-            *(
-                client.completions.create(
-                    model="demo", prompt="x", max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
-                )
-                for _ in range(60)
-            ),
-            return_exceptions=True,
-        )
-        return [answer for answer in answers if isinstance(answer, openai.APIStatusError)]
+        async with server.async_client() as client:
+            answers = await asyncio.gather(
+                *(
+                    client.completions.create(
+                        model="demo",
+                        prompt="x",
+                        max_tokens=60,
+                        temperature=0,
+                        extra_body={"ignore_eos": True},
+                    )
+                    for _ in range(60)
+                ),
+                return_exceptions=True,
+            )
+            return [answer for answer in answers if isinstance(answer, openai.APIStatusError)]
 
     refused = asyncio.run(flood())
     assert refused, "60 requests must not fit into 32 rows and a queue of 4"
@@ -129,23 +138,26 @@ def test_bad_input_is_refused_and_harms_nobody_else(
     server: Server, body: dict[str, object], status: int, says: str
 ) -> None:
     async def beside_a_stream() -> tuple[httpx.Response, str]:
-        stream = await server.async_client().completions.create(
-            model="demo",
-            prompt=PROMPTS[4],
-            max_tokens=48,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        text, refused = "", None
-        async for chunk in stream:
-            text += chunk.choices[0].text
-            if refused is None:
-                async with httpx.AsyncClient() as http:
-                    refused = await http.post(f"{server.url}/v1/completions", json={"model": "demo", **body})
-                assert chunk.choices[0].finish_reason is None, "the stream must still run"
-        assert refused is not None
-        return refused, text
+        async with server.async_client() as client:
+            stream = await client.completions.create(
+                model="demo",
+                prompt=PROMPTS[4],
+                max_tokens=48,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            text, refused = "", None
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                if refused is None:
+                    async with httpx.AsyncClient() as http:
+                        refused = await http.post(
+                            f"{server.url}/v1/completions", json={"model": "demo", **body}
+                        )
+                    assert chunk.choices[0].finish_reason is None, "the stream must still run"
+            assert refused is not None
+            return refused, text
 
     answer, text = asyncio.run(beside_a_stream())
     error = answer.json()["error"]
@@ -230,20 +242,21 @@ def test_a_killed_ingress_leaves_no_request_behind(server: Server) -> None:
     expected, router_pid = greedy(server, PROMPTS[5]), server.detail()["router_pid"]
 
     async def be_cut_off() -> None:
-        stream = await server.async_client().completions.create(
-            model="demo",
-            prompt=PROMPTS[1],
-            n=8,
-            max_tokens=3000,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        await anext(aiter(stream))
-        detail = server.detail()
-        assert detail["num_running"] > 0
-        os.kill(detail["ingress_pid"], signal.SIGKILL)
-        async for _ in stream:  # what was on its way, then an error
-            pass
+        async with server.async_client() as client:
+            stream = await client.completions.create(
+                model="demo",
+                prompt=PROMPTS[1],
+                n=8,
+                max_tokens=3000,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            await anext(aiter(stream))
+            detail = server.detail()
+            assert detail["num_running"] > 0
+            os.kill(detail["ingress_pid"], signal.SIGKILL)
+            async for _ in stream:  # what was on its way, then an error
+                pass
 
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         asyncio.run(be_cut_off())
