@@ -15,7 +15,8 @@ test: .venv/.dev ## unit and cluster tests
 	$(BIN)/pytest
 
 test-all: test ## the whole matrices, too
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and cluster and not gpu"
+	$(BIN)/pytest -m "slow and not cluster and not gpu" -n 2 --dist loadfile
 
 # pyright asks our Python where packages are: cutlass-dsl's .pth file runs code.
 check: .venv/.dev ## style and types

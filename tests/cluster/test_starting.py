@@ -20,6 +20,7 @@ pytestmark = pytest.mark.cluster
 DRAINS = {"what": "the server drains", "timeout_s": 10.0}
 
 
+@pytest.mark.slow
 def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
     source = ROOT / "configs" / "demo-model"
     for file in source.iterdir():

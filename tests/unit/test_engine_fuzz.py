@@ -154,6 +154,6 @@ class Clients(RuleBasedStateMachine):
             assert scored in ([], PROMPTS[prompt][1:])
 
 
-@pytest.mark.parametrize("num_runs", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_runs", [12, pytest.param(120, marks=pytest.mark.slow)])
 def test_every_token_is_transformers(num_runs: int) -> None:
     run_state_machine_as_test(Clients, settings=settings(max_examples=num_runs, stateful_step_count=30))
