@@ -17,7 +17,9 @@ class ExpertsConfig(Config):
     shards: int = Field(ge=1)
     """EP ranks, each a process that pins its share of every layer's experts."""
 
-    backend: Literal["auto", "reference", "torch", "cpu", "b12x", "b12x-w4a16", "b12x-emulated"] = "auto"
+    backend: Literal["auto", "reference", "torch", "cpu", "triton", "b12x", "b12x-w4a16", "b12x-emulated"] = (
+        "auto"
+    )
     """The kernel. `auto` takes the fastest that this machine's devices run."""
 
     strategy: Literal["auto", "spread", "pack"] = "auto"

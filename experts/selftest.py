@@ -106,9 +106,10 @@ def backends_of(device: torch.device) -> tuple[tuple[str, ...], str]:
     """What to test here, and why b12x is not among it, or empty."""
     machine = machine_of(device)
     reason = complaint(machine) or ""
-    if device.type == "cpu":
+    if machine.capability is None:
         return ("cpu", "torch"), reason
-    return (("torch",) if reason else ("b12x", "b12x-w4a16", "torch")), reason
+    portable = ("triton", "torch") if machine.capability >= (8, 0) else ("torch",)
+    return (portable if reason else ("b12x", "b12x-w4a16", *portable)), reason
 
 
 def passed(device: torch.device, reason: str, results: Iterable[Result]) -> bool:
@@ -222,7 +223,9 @@ def results_of(
         for call in calls(layer, num_tokens, dtype=dtype, device=device):
             try:
                 truth_TD = run(emulation, call).float() if emulation else dequantised(experts, call)
-                yield judge(backend, call, truth_TD, layer=layer, same_bits=static or name == "cpu")
+                yield judge(
+                    backend, call, truth_TD, layer=layer, same_bits=static or name in ("cpu", "triton")
+                )
             except Exception as error:  # noqa: BLE001
                 yield _failure(f"{num_tokens} tokens, {call.name}", error)
 

@@ -101,7 +101,9 @@ def load_shard(
         checkpoint.shape,
         rank=rank,
         slots_per_rank=placement.slots_per_rank,
-        backend=resolve_backend(backend, device=device, weights_only=checkpoint.weights_only),
+        backend=resolve_backend(
+            backend, shape=checkpoint.shape, dtype=dtype, device=device, weights_only=checkpoint.weights_only
+        ),
         dtype=dtype,
         device=device,
         settings=settings,

@@ -3,6 +3,7 @@
 T tokens, D hidden, K top-k, e local slots, I intermediate.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,6 +84,14 @@ def _cpu(
     return CpuBackend(shape, num_slots, dtype, device)
 
 
+def _triton(
+    shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
+) -> ExpertBackend:
+    from experts.backends.triton import TritonBackend
+
+    return TritonBackend(shape, num_slots, dtype, device)
+
+
 def _b12x(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
@@ -115,17 +124,31 @@ BACKENDS: dict[str, BackendFactory] = {
     "reference": _reference,
     "torch": _torch,
     "cpu": _cpu,
+    "triton": _triton,
     "b12x": _b12x,
     "b12x-w4a16": _b12x_w4a16,
     "b12x-emulated": _b12x_emulated,
 }
 
 
-def resolve_backend(name: str, *, device: torch.device, weights_only: bool) -> str:
-    """The backend that `auto` stands for on this device. weights_only: for a W4A16 checkpoint.
+def resolve_backend(
+    name: str, *, shape: MoEShape, dtype: torch.dtype, device: torch.device, weights_only: bool
+) -> str:
+    """The backend that `auto` stands for here. weights_only: for a W4A16 checkpoint.
 
     Raises ValueError on an SM12x GPU that lacks what b12x needs.
     """
     from experts.backends.b12x_library import choose, machine_of
 
-    return choose(machine_of(device), weights_only=weights_only) if name == "auto" else name
+    if name != "auto":
+        return name
+    chosen = choose(machine_of(device), weights_only=weights_only)
+    return "triton" if chosen == "torch" and _triton_can(shape, dtype, device) else chosen
+
+
+def _triton_can(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from experts.backends.triton import complaint
+
+    return complaint(shape, dtype, device) is None

@@ -169,9 +169,9 @@ def test_what_is_tested_follows_from_the_machine(monkeypatch: pytest.MonkeyPatch
         "machine_of",
         lambda device: replace(SPARK, installed={**SPARK.installed, "triton": "3.6"}),
     )
-    assert selftest.backends_of(gpu) == (("b12x", "b12x-w4a16", "torch"), "")
+    assert selftest.backends_of(gpu) == (("b12x", "b12x-w4a16", "triton", "torch"), "")
     monkeypatch.setattr(selftest, "machine_of", lambda device: replace(SPARK, capability=(9, 0)))
     names, reason = selftest.backends_of(gpu)
-    assert names == ("torch",)
+    assert names == ("triton", "torch")
     assert "this one is SM90" in reason
     assert selftest.passed(gpu, reason, [])
