@@ -50,7 +50,7 @@ def build_engine(
     device = default_device()
     trunk_dtype = resolve_dtype(args.router.dtype, device=device)
     wire_dtype = trunk_dtype if args.fabric.wire_dtype == "auto" else getattr(torch, args.fabric.wire_dtype)
-    trunk = Trunk(args.model.path, dtype=trunk_dtype, device=device, report=show("trunk"))
+    trunk = Trunk.load(args.model.path, dtype=trunk_dtype, device=device, report=show("trunk"))
     fabric: Fabric
     members: Membership | None = None
     if args.fabric.kind == "local":

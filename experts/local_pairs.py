@@ -3,6 +3,7 @@
 T tokens, K top-k, e local slots.
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,12 @@ class PairCounts(NamedTuple):
 
 
 class LocalPairs(Protocol):
-    """Of one shard. The caller sees to it that one thread at a time is in `local` or `totals`."""
+    """Of one shard. The caller sees to it that one thread at a time is in `local` or `totals`.
+
+    in_graph: a CUDA graph may hold `local`.
+    """
+
+    in_graph: bool = False
 
     def local(self, phys_TK: Tensor) -> Tensor:
         """[T, K] local slots, EMPTY where an id is not ours. Counted; waits for no device."""
@@ -35,11 +41,16 @@ class LocalPairs(Protocol):
 
 def local_pairs(*, first_slot: int, num_slots: int, device: torch.device) -> LocalPairs:
     """Of a shard that has the physical slots [first_slot, first_slot + num_slots), for ids on this device."""
-    kind = PairsOnCpu if device.type == "cpu" else PairsOnDevice
-    return kind(first_slot, num_slots, device)
+    if device.type == "cpu":
+        return PairsOnCpu(first_slot, num_slots, device)
+    if find_spec("triton") is None:
+        return PairsOnDevice(first_slot, num_slots, device)
+    from experts.pairs_kernel import PairsInKernel
+
+    return PairsInKernel(first_slot, num_slots, device)
 
 
-class PairsOnCpu:
+class PairsOnCpu(LocalPairs):
     """In one compiled loop: on a CPU, to start an operation of torch takes longer than this work."""
 
     def __init__(self, first_slot: int, num_slots: int, device: torch.device) -> None:
@@ -63,7 +74,7 @@ class PairsOnCpu:
         return torch.tensor([self._num_pairs, self._num_activated])
 
 
-class PairsOnDevice:
+class PairsOnDevice(LocalPairs):
     """In as few operations as may be: each forward adds its pairs to a row, and many rows are summed at once."""
 
     def __init__(self, first_slot: int, num_slots: int, device: torch.device) -> None:

@@ -7,6 +7,7 @@ T rows, B decoding requests, N blocks of a table, S context tokens, H query head
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class AttentionPlan:
     """What every layer of a step needs to know, computed once.
 
     slots_T: where each row's key and value go. table_BN, length_B: contexts of the decoding rows, padded to the longest.
-    mask_B11S: additive, 0 or -inf; None where compiled loops read the cache in place.
+    mask_B11S: additive, 0 or -inf; None where a kernel of ours reads the cache in place.
     """
 
     slots_T: Tensor
@@ -72,7 +73,7 @@ def plan_attention(
     num_blocks = -(-int(length_B.max()) // block_size) if decoding else 0
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
     mask_B11S = None
-    if not cpu_kernel.computes(dtype, device):
+    if not in_place(dtype, device):
         # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
         held_BN = np.arange(num_blocks) * block_size < length_B[:, None]
         table_BN = np.where(held_BN, table_BN, table_BN[:, :1])
@@ -109,6 +110,11 @@ def _spans(
         spans.append(PromptSpan(first=first, last=first + chunk.count, table_N=table_N, mask_TS=mask_TS))
         first += chunk.count
     return spans
+
+
+def in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel of ours decodes there; elsewhere torch's own operations do, on copies of the contexts."""
+    return cpu_kernel.computes(dtype, device) or (device.type == "cuda" and find_spec("triton") is not None)
 
 
 class PagedAttention:
@@ -167,6 +173,15 @@ class PagedAttention:
         self, plan: AttentionPlan, k_SGD: Tensor, v_SGD: Tensor, q_HBD: Tensor, *, scale: float
     ) -> Tensor:
         """[B, H, D], without a copy of the contexts."""
+        if q_HBD.is_cuda:
+            from router import gpu_kernel
+
+            q_BHD = q_HBD.transpose(0, 1)
+            out_BHD = q_BHD.new_empty(q_BHD.shape)
+            gpu_kernel.decode_attention(
+                q_BHD, k_SGD, v_SGD, plan.table_BN, plan.length_B, self._block_size, scale, out_BHD
+            )
+            return out_BHD
         q_BHD = q_HBD.transpose(0, 1).contiguous()
         out_BHD = torch.empty_like(q_BHD)
         cpu_kernel.decode_attention(
@@ -192,6 +207,10 @@ def _write(slots_T: Tensor, k_TGD: Tensor, v_TGD: Tensor, k_SGD: Tensor, v_SGD: 
     if cpu_kernel.computes(k_SGD.dtype, k_SGD.device):
         new = (k_TGD.contiguous(), v_TGD.contiguous(), slots_T)
         cpu_kernel.write_cache(*(tensor.numpy() for tensor in (*new, k_SGD, v_SGD)))
+    elif in_place(k_SGD.dtype, k_SGD.device):
+        from router import gpu_kernel
+
+        gpu_kernel.write_cache(k_TGD, v_TGD, slots_T, k_SGD, v_SGD)
     else:
         k_SGD[slots_T] = k_TGD
         v_SGD[slots_T] = v_TGD
@@ -203,6 +222,11 @@ _current = threading.local()
 def set_attention(attention: PagedAttention) -> None:
     """What the modelling code of this thread attends with, from now on."""
     _current.attention = attention
+
+
+def current_attention() -> PagedAttention:
+    """Of this thread."""
+    return _current.attention
 
 
 def _paged(

@@ -42,7 +42,7 @@ def calibrate(checkpoint: Path, text: Path, *, progress: bool) -> dict[int, tupl
         if experts.format != "dense":
             raise ValueError(f"{checkpoint}: is already quantised; give the BF16 checkpoint")
         report = show("calibrate") if progress else silent
-        trunk = Trunk(checkpoint, dtype=dtype, device=device, report=report)
+        trunk = Trunk.load(checkpoint, dtype=dtype, device=device, report=report)
         sequences = _sequences(checkpoint, text, max_tokens=min(SEQUENCE_TOKENS, trunk.shape.max_model_len))
         recorder = _Recorder(experts, report)
         _forward(trunk, sequences, recorder)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from router import cpu_kernel
+from router.attention import in_place
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -25,26 +26,26 @@ def fuse_norms(model: torch.nn.Module) -> None:
             eps: float = cast(Any, module).variance_epsilon
             if cpu_kernel.computes(weight.dtype, weight.device):
                 module.forward = partial(_rms_norm_on_cpu, weight.numpy(), eps)
+            elif in_place(weight.dtype, weight.device):
+                module.forward = partial(_rms_norm_on_gpu, weight, eps)
             else:
                 module.forward = partial(_rms_norm, weight, eps)
 
 
 def fuse_rope(model: torch.nn.Module) -> None:
-    """One operation for queries and one for keys instead of fourteen, in families that rotate halves, as most do.
-
-    For a model that cpu_kernel computes.
-    """
+    """One operation or two instead of fourteen, in families that rotate halves, as most do. Where our kernels compute."""
+    ours_for = rope_on_gpu if next(model.parameters()).is_cuda else rope_on_cpu
     for module in model.modules():
-        if ours := _with_our_rope(type(module).forward):
+        if ours := _with_our_rope(type(module).forward, ours_for):
             module.forward = MethodType(ours, module)
 
 
 @cache  # a family's layers share their code
-def _with_our_rope(forward: Any) -> FunctionType | None:
+def _with_our_rope(forward: Any, rope: Any) -> FunctionType | None:
     """The same code, which sees our function by the name of the one that it calls; None where that does not fit."""
     if _ROPE not in forward.__code__.co_names or not rotates_halves(forward.__globals__[_ROPE]):
         return None
-    names = {**forward.__globals__, _ROPE: rope_on_cpu}
+    names = {**forward.__globals__, _ROPE: rope}
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
     return ours
@@ -77,8 +78,24 @@ def rope_on_cpu(q_1HTD: Tensor, k_1GTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor
     return rotated(q_1HTD), rotated(k_1GTD)
 
 
+def rope_on_gpu(q_1HTD: Tensor, k_1GTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in one kernel."""
+    from router import gpu_kernel
+
+    q_THD, k_TGD = q_1HTD[0].transpose(0, 1), k_1GTD[0].transpose(0, 1)
+    q_THD, k_TGD = gpu_kernel.rotate_halves(q_THD, k_TGD, cos_1TR[0], sin_1TR[0])
+    return q_THD.transpose(0, 1)[None], k_TGD.transpose(0, 1)[None]
+
+
 def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _rms_norm_on_gpu(weight: Tensor, eps: float, x: Tensor) -> Tensor:
+    """In 2 us, where torch's takes 3.6."""
+    from router import gpu_kernel
+
+    return gpu_kernel.rms_norm(x, weight, eps)
 
 
 def _rms_norm_on_cpu(weight: np.ndarray, eps: float, x: Tensor) -> Tensor:

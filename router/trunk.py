@@ -18,8 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from experts.checkpoint import trunk_tensors
 from experts.checkpoint_index import CheckpointIndex
 from experts.progress import Report, silent
-from router import cpu_kernel
-from router.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
+from router.attention import ATTENTION, AttentionPlan, PagedAttention, in_place, set_attention
 from router.fused import fuse_norms, fuse_rope
 from router.model_config import read_config, shape_of
 
@@ -34,16 +33,43 @@ class Trunk:
     """Embedding, attention, gate, shared experts and head. Used by one thread at a time."""
 
     def __init__(
-        self, path: Path, *, dtype: torch.dtype, device: torch.device, report: Report = silent
+        self, model: Any, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Raises ValueError, in a sentence, for a checkpoint that we do not serve."""
-        config = read_config(path)
+        """model: of a class by `_without_experts`; is moved to the device."""
         self.shape = shape_of(config)
         self.dtype = dtype
         self.device = device
-        self._model = _load(path, config, dtype=dtype, device=device, report=report)
+        self._model = model.to(device).eval()
+        fuse_norms(model)
+        if in_place(dtype, device):
+            fuse_rope(model)
+            if device.type == "cuda":
+                from router.fused_gpu import fuse_attention, fuse_gates
+
+                fuse_attention(model)
+                fuse_gates(model)
+
+    @classmethod
+    def load(
+        cls, path: Path, *, dtype: torch.dtype, device: torch.device, report: Report = silent
+    ) -> "Trunk":
+        """Raises ValueError, in a sentence, for a checkpoint that we do not serve."""
+        config = read_config(path)
+        shape_of(config)  # refuses what we do not serve before anything large is read
+        model = _load(path, config, dtype=dtype, report=report)
         with CheckpointIndex(path) as index:
-            _check_experts(self._model, index)
+            _check_experts(model, index)
+        return cls(model, config, dtype=dtype, device=device)
+
+    @classmethod
+    def random(cls, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> "Trunk":
+        """With weights drawn anew, for benchmarks."""
+        family: Any = _without_experts(config)
+        with device:
+            model = family._from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=_EXPERTS
+            )
+        return cls(model, config, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def forward(
@@ -51,24 +77,25 @@ class Trunk:
         input_T: Tensor,
         position_T: Tensor,
         *,
-        keep_N: Tensor,
+        keep_N: Tensor | None,
         attention: PagedAttention,
         plan: AttentionPlan,
         experts: RoutedExperts,
     ) -> Tensor:
-        """Logits [N, V] of the rows keep_N, in the trunk's dtype."""
+        """Logits [N, V] of the rows keep_N, or of all, in the trunk's dtype."""
         attention.plan = plan
         set_attention(attention)
         _current.experts = experts
         output = self._model(
-            input_ids=input_T[None], position_ids=position_T[None], use_cache=False, logits_to_keep=keep_N
+            input_ids=input_T[None],
+            position_ids=position_T[None],
+            use_cache=False,
+            logits_to_keep=0 if keep_N is None else keep_N,
         )
         return output.logits[0]
 
 
-def _load(
-    path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, report: Report
-) -> Any:
+def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, report: Report) -> Any:
     disable_progress_bar()  # theirs: it writes into logs, and ours tells how far it is
     family: Any = _without_experts(config)
     model, info = family.from_pretrained(
@@ -89,10 +116,6 @@ def _load(
     unexpected = [name for name in info["unexpected_keys"] if not _EXTRA.search(name)]
     if unexpected:
         raise ValueError(f"{path}: trunk tensors that the model does not have: {sorted(unexpected)[:3]}")
-    model.to(device).eval()
-    fuse_norms(model)
-    if cpu_kernel.computes(dtype, device):
-        fuse_rope(model)
     return model
 
 

@@ -204,7 +204,7 @@ def greedy(name: str, prompt: Iterable[int], *, num_tokens: int) -> Request:
 
 @cache
 def trunk_of(path: Path, dtype: torch.dtype, device: torch.device) -> Trunk:
-    return Trunk(path, dtype=dtype, device=device)
+    return Trunk.load(path, dtype=dtype, device=device)
 
 
 @cache

@@ -33,7 +33,12 @@ DEFAULTS = KernelSettings()
 
 
 class ExpertBackend(Protocol):
-    """Owns the weights of `num_slots` experts in every MoE layer. One forward at a time."""
+    """Owns the weights of `num_slots` experts in every MoE layer. One forward at a time.
+
+    in_graph: a CUDA graph may hold a forward: it starts the same kernels for the same sizes, whatever the routing.
+    """
+
+    in_graph: bool = False
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         """Put an expert into a local slot, in place: no pointer that a captured graph holds may move."""

@@ -51,7 +51,9 @@ class Tiles(NamedTuple):
 
 
 class TritonBackend(ExpertBackend):
-    """Four kernels a forward: arrange, gate_up, down, combine. No wait for the device; a CUDA graph may hold it."""
+    """Four kernels a forward: arrange, gate_up, down, combine. No wait for the device."""
+
+    in_graph = True
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         if reason := complaint(shape, dtype, device):

@@ -115,7 +115,13 @@ class Waited(NamedTuple):
 
 
 class Fabric(Protocol):
-    """The router's end. One thread calls it, except `waited`, `abort` and `close`."""
+    """The router's end. One thread calls it, except `waited`, `abort` and `close`.
+
+    in_graph: dispatch and combine only start work on the router's device, always the same for the same sizes, so a CUDA
+        graph may hold them.
+    """
+
+    in_graph: bool
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
         """Enter an epoch: keep the links to shards that stay, open the missing ones, close the rest.

@@ -53,6 +53,8 @@ class FaultyFabric:
     pending: the faults that have not struck yet.
     """
 
+    in_graph = False
+
     def __init__(self, inner: Fabric, faults: Sequence[Fault]) -> None:
         self.pending = list(faults)
         self._inner = inner

@@ -15,6 +15,7 @@ class LocalFabric:
 
     def __init__(self, shards: Sequence[ExpertShard]) -> None:
         self._shards = tuple(shards)
+        self.in_graph = all(shard.in_graph for shard in shards)
         self._partials: list[Tensor] = []
         self._aborted: str | None = None
         self._closed = False
@@ -34,9 +35,9 @@ class LocalFabric:
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
         self._check()
-        sum_TD = self._partials[0].float()
-        for partial_TD in self._partials[1:]:
-            sum_TD = sum_TD + partial_TD
+        sum_TD, *others = self._partials
+        for partial_TD in others:
+            sum_TD = sum_TD.float() + partial_TD
         out_TD.copy_(sum_TD)
 
     def waited(self) -> Mapping[int, Waited]:

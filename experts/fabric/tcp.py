@@ -46,6 +46,8 @@ class TcpFabric:
         A shard's link that ends is a loss at once.
     """
 
+    in_graph = False
+
     def __init__(
         self, *, hidden: int, wire_dtype: torch.dtype, slow_after_s: float, dead_after_s: float
     ) -> None:

@@ -82,7 +82,7 @@ class _Engine:
         self._round = 0
         self._threads = 1
         self._engine = Engine(
-            Trunk(MODEL, dtype=torch.float32, device=CPU),
+            Trunk.load(MODEL, dtype=torch.float32, device=CPU),
             fabric,
             self._tokenizer,
             config=RouterConfig(),

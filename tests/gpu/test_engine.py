@@ -2,24 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from experts.fabric import Membership
 from experts.fabric.link import ShardListener
 from experts.fabric.local import LocalFabric
 from experts.fabric.tcp import TcpFabric
 from experts.shard import ExpertShard
+from router.attention import AttentionPlan
+from router.decode_graphs import DecodeGraphs
+from router.model_config import FAMILIES
 from router.request import Request, SamplingParams
 from router.tokenizer import Tokenizer
 from tests.bench.perplexity import DEMO, HELDOUT, closeness, logits_of_engine, windows_of
+from tests.families import write_nvfp4
 from tests.in_process import greedy, in_process
 from tests.oracle import Oracle, assert_same_tokens
 
 pytestmark = pytest.mark.gpu
 
 NUM_TOKENS = 100
+FUSED = {"qwen3_moe": {"self_attn", "mlp.gate"}, "mixtral": {"self_attn", "mlp.gate"}}
 LENGTHS = (3, 16, 17, 64, 150, 480)
 GPU = torch.device("cuda")
 
@@ -86,3 +93,61 @@ def test_sampling_with_a_seed_does_not_depend_on_company() -> None:
     with in_process(DEMO, num_shards=2, dtype=torch.bfloat16, device=GPU) as server:
         alone = server.run(requests[:1])["a"].tokens
         assert server.run(requests[1:])["b"].tokens == alone
+
+
+def test_a_graph_computes_what_its_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, but where a batch is filled up: a library multiplies more rows by other kernels."""
+    requests = [greedy(str(n), [n, 5, 6 + n], num_tokens=10 + 4 * n) for n in range(11)]
+    differences: dict[int, float] = {}
+    with in_process(DEMO, num_shards=2, dtype=torch.bfloat16, device=GPU) as server:
+        engine = server.engine
+        graphs = engine._graphs
+        assert graphs
+        replay = graphs.forward
+
+        def both(tokens: list[int], positions: list[int], plan: AttentionPlan) -> Tensor:
+            found_BV = replay(tokens, positions, plan)
+            calls_BV = engine._trunk.forward(
+                *torch.tensor([tokens, positions], device=GPU),
+                keep_N=None,
+                attention=engine._attention,
+                plan=plan,
+                experts=engine._dispatcher,
+            )
+            difference = float((found_BV - calls_BV).float().norm() / calls_BV.float().norm())
+            differences[len(tokens)] = max(difference, differences.get(len(tokens), 0.0))
+            return found_BV
+
+        monkeypatch.setattr(graphs, "forward", both)
+        server.run(requests)
+    assert differences.keys() == set(range(1, 12))
+    assert {rows: found for rows, found in differences.items() if rows <= 8 and found} == {}
+    assert max(differences.values()) < 0.02
+
+
+def test_without_graphs_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(DecodeGraphs, "capture", refuse)
+    with in_process(DEMO, num_shards=1, dtype=torch.bfloat16, device=GPU) as server:
+        assert len(server.run([greedy("one", [1, 2, 3], num_tokens=5)])["one"].tokens) == 5
+    assert sum("steps run without CUDA graphs" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_computed_by_our_kernels(family: str, tmp_path: Path) -> None:
+    """In float32, where tokens must be transformers'."""
+    path = write_nvfp4(family, tmp_path / family)
+    prompts = [list(range(7, 7 + length)) for length in (1, 2, 17, 45)]
+    expected = Oracle(path).generate(prompts, 40)
+    requests = [greedy(str(n), prompt, num_tokens=40) for n, prompt in enumerate(prompts)]
+    with in_process(path, num_shards=2, device=GPU) as server:
+        layer = server.engine._trunk._model.model.layers[-1]
+        fused = {name for name, module in layer.named_modules() if "forward" in vars(module)}
+        answers = server.run(requests)
+    assert fused >= FUSED.get(family, set()), fused
+    for n, continuation in enumerate(expected):
+        assert_same_tokens(answers[str(n)].tokens, continuation, what=f"prompt {n}")

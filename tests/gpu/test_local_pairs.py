@@ -1,9 +1,12 @@
 """Pairs are counted on a GPU, and nobody waits for it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from experts.local_pairs import FORWARDS_KEPT, PairsOnDevice
+from experts.local_pairs import FORWARDS_KEPT, LocalPairs, PairsOnDevice
+from experts.pairs_kernel import PairsInKernel
 from experts.placement import EMPTY
 
 pytestmark = pytest.mark.gpu
@@ -11,8 +14,9 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 
-def test_a_forward_does_not_wait_for_the_gpu() -> None:
-    pairs = PairsOnDevice(4, 3, GPU)
+@pytest.mark.parametrize("kind", [PairsOnDevice, PairsInKernel])
+def test_a_forward_does_not_wait_for_the_gpu(kind: Callable[[int, int, torch.device], LocalPairs]) -> None:
+    pairs = kind(4, 3, GPU)
     phys_TK = torch.tensor([[4, 6], [3, 6]], dtype=torch.int32, device=GPU)
     torch.cuda.set_sync_debug_mode("error")
     try:

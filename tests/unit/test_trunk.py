@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def load(path: Path) -> Trunk:
-    return Trunk(path, dtype=torch.float32, device=CPU)
+    return Trunk.load(path, dtype=torch.float32, device=CPU)
 
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:

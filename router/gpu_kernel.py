@@ -1,0 +1,330 @@
+"""Triton kernels for what decoding on a GPU would otherwise spend most of its time starting, or copying contexts for.
+
+T rows of a step, B decoding requests, N blocks of a table, S slots of the cache, H query heads, G KV heads, Q of them to one
+KV head, D head dim, R rotated features. Tensors may have any strides but the last, which is 1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_S = 64
+"""Tokens of a context at a time."""
+
+MAX_PARTS = 32
+"""Into which a context may be cut, so that a few requests fill a GPU too."""
+
+
+def write_cache(k_TGD: Tensor, v_TGD: Tensor, slot_T: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
+    """Each row's key and value into its slot; nowhere if that is negative."""
+    num_rows, num_heads, head_dim = k_TGD.shape
+    assert k_SGD.is_contiguous()
+    assert v_SGD.is_contiguous()
+    _write_cache[(num_rows,)](
+        *(k_TGD, v_TGD, slot_T, k_SGD, v_SGD, *k_TGD.stride()[:2], *v_TGD.stride()[:2]),
+        G=num_heads,
+        D=head_dim,
+        BLOCK_G=triton.next_power_of_2(num_heads),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+    )
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x * x) + eps) * weight, along the last dimension; in float32."""
+    width = x.shape[-1]
+    rows_RD = x.reshape(-1, width)
+    out_RD = torch.empty_like(rows_RD)
+    _rms_norm[(len(rows_RD),)](
+        *(rows_RD, weight_D, out_RD, rows_RD.stride(0), eps),
+        D=width,
+        BLOCK_D=triton.next_power_of_2(width),
+        num_warps=4 if width >= 1024 else 1,
+    )
+    return out_RD.view(x.shape)
+
+
+def rotate_halves(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    *,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of the first R features: feature r turns with r + R / 2. The others are copied.
+
+    norms: of each head's RMSNorm before that: weights [D] of queries and of keys, epsilon.
+    """
+    num_rows, num_heads, head_dim = q_THD.shape
+    num_kv_heads = k_TGD.shape[1]
+    rotated = q_THD.new_empty(num_rows, num_heads + num_kv_heads, head_dim)
+    _rotate_halves[(num_rows, num_heads + num_kv_heads)](
+        *(q_THD, k_TGD, cos_TR, sin_TR, rotated, *(norms or (q_THD, k_TGD, 0.0))),
+        *(*q_THD.stride()[:2], *k_TGD.stride()[:2], cos_TR.stride(0), sin_TR.stride(0)),
+        H=num_heads,
+        HEADS=num_heads + num_kv_heads,
+        D=head_dim,
+        R=cos_TR.shape[1],
+        NORM=norms is not None,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
+    return rotated[:, :num_heads], rotated[:, num_heads:]
+
+
+def softmax_top_k(
+    logits_TE: Tensor, top_k: int, *, rounded_to: torch.dtype, divided: bool
+) -> tuple[Tensor, Tensor]:
+    """float32 [T, K], the largest probabilities of each row, descending; int64 [T, K], whose: the lower id of equal ones.
+
+    divided: by their sum. rounded_to: a dtype, whatever for.
+    """
+    num_rows, num_experts = logits_TE.shape
+    w_TK = logits_TE.new_empty(num_rows, top_k, dtype=torch.float32)
+    id_TK = logits_TE.new_empty(num_rows, top_k, dtype=torch.int64)
+    _softmax_top_k[(num_rows,)](
+        *(logits_TE, w_TK, id_TK, logits_TE.stride(0)),
+        E=num_experts,
+        K=top_k,
+        DIVIDED=divided,
+        ROUND=rounded_to == torch.bfloat16,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_K=triton.next_power_of_2(top_k),
+        num_warps=1,
+    )
+    return w_TK, id_TK
+
+
+def decode_attention(
+    q_BHD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    table_BN: Tensor,
+    length_B: Tensor,
+    block_size: int,
+    scale: float,
+    out_BHD: Tensor,
+) -> None:
+    """softmax(q k * scale) v over each request's first length tokens, whose slots its blocks are; in float32."""
+    num_rows, num_heads, head_dim = q_BHD.shape
+    num_kv_heads = k_SGD.shape[1]
+    parts = num_parts(num_rows * num_kv_heads, q_BHD.device)
+    partial_BHPD = q_BHD.new_empty(num_rows, num_heads, parts, head_dim, dtype=torch.float32)
+    peak_BHP2 = q_BHD.new_empty(num_rows, num_heads, parts, 2, dtype=torch.float32)
+    queries = num_heads // num_kv_heads
+    sizes = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "H": num_heads, "PARTS": parts}
+    _attend[(num_rows, num_kv_heads, parts)](
+        *(q_BHD, k_SGD, v_SGD, table_BN, length_B, partial_BHPD, peak_BHP2, scale),
+        *(*q_BHD.stride()[:2], table_BN.stride(0)),
+        G=num_kv_heads,
+        Q=queries,
+        BLOCK_Q=max(16, triton.next_power_of_2(queries)),
+        BLOCK_SIZE=block_size,
+        BLOCK_S=BLOCK_S,
+        **sizes,
+    )
+    _add_parts[(num_rows, num_heads)](partial_BHPD, peak_BHP2, out_BHD, *out_BHD.stride()[:2], **sizes)
+
+
+def num_parts(num_programs: int, device: torch.device) -> int:
+    """A power of two, with which so many programs become two for each multiprocessor."""
+    wanted = 2 * _num_multiprocessors(device) // num_programs
+    return min(MAX_PARTS, 1 << max(0, wanted.bit_length() - 1))
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def _write_cache(
+    k_TGD,
+    v_TGD,
+    slot_T,
+    k_SGD,
+    v_SGD,
+    k_stride_t,
+    k_stride_g,
+    v_stride_t,
+    v_stride_g,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slot_T + row)
+    if slot < 0:
+        return
+    g, d = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    here = (g < G) & (d < D)
+    to = slot * (G * D) + g * D + d
+    tl.store(k_SGD + to, tl.load(k_TGD + row * k_stride_t + g * k_stride_g + d, mask=here), mask=here)
+    tl.store(v_SGD + to, tl.load(v_TGD + row * v_stride_t + g * v_stride_g + d, mask=here), mask=here)
+
+
+@triton.jit
+def _rms_norm(x_RD, weight_D, out_RD, stride, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    x = tl.load(x_RD + row.to(tl.int64) * stride + d, mask=d < D, other=0.0).to(tl.float32)
+    weight = tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
+    tl.store(out_RD + row.to(tl.int64) * D + d, out.to(out_RD.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _rotate_halves(
+    q_THD,
+    k_TGD,
+    cos_TR,
+    sin_TR,
+    out_TXD,
+    q_norm_D,
+    k_norm_D,
+    epsilon,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_g,
+    cos_stride,
+    sin_stride,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    if head < H:
+        x_D = q_THD + row * q_stride_t + head * q_stride_h
+        norm_D = q_norm_D
+    else:
+        x_D = k_TGD + row * k_stride_t + (head - H) * k_stride_g
+        norm_D = k_norm_D
+    d = tl.arange(0, BLOCK_D)
+    partner = tl.where(d < R // 2, d + R // 2, d - R // 2)
+    x = tl.load(x_D + d, mask=d < D, other=0.0).to(tl.float32)
+    other = tl.load(x_D + partner, mask=d < R, other=0.0).to(tl.float32)
+    if NORM:
+        shrink = tl.rsqrt(tl.sum(x * x, axis=0) / D + epsilon)
+        x *= shrink * tl.load(norm_D + d, mask=d < D, other=0.0).to(tl.float32)
+        other *= shrink * tl.load(norm_D + partner, mask=d < R, other=0.0).to(tl.float32)
+    cos = tl.load(cos_TR + row * cos_stride + d, mask=d < R, other=1.0).to(tl.float32)
+    sin = tl.load(sin_TR + row * sin_stride + d, mask=d < R, other=0.0).to(tl.float32)
+    turned = x * cos + tl.where(d < R // 2, -other, other) * sin
+    tl.store(out_TXD + (row * HEADS + head) * D + d, turned.to(out_TXD.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _softmax_top_k(
+    logits_TE,
+    w_TK,
+    id_TK,
+    stride,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row, e, k = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    logit = tl.load(logits_TE + row * stride + e, mask=e < E, other=float("-inf")).to(tl.float32)
+    p = tl.exp(logit - tl.max(logit, axis=0))
+    p /= tl.sum(p, axis=0)
+    p = tl.where(e < E, p, -1.0)
+    w, ids = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.int64)
+    for place in tl.static_range(K):
+        best = tl.argmax(p, axis=0)
+        w = tl.where(k == place, tl.max(p, axis=0), w)
+        ids = tl.where(k == place, best.to(tl.int64), ids)
+        p = tl.where(e == best, -1.0, p)
+    if DIVIDED:
+        w /= tl.sum(w, axis=0)
+    if ROUND:
+        w = w.to(tl.bfloat16).to(tl.float32)
+    tl.store(w_TK + row * K + k, w, mask=k < K)
+    tl.store(id_TK + row * K + k, ids, mask=k < K)
+
+
+@triton.jit
+def _attend(
+    q_BHD,
+    k_SGD,
+    v_SGD,
+    table_BN,
+    length_B,
+    partial_BHPD,
+    peak_BHP2,
+    scale,
+    q_stride_b,
+    q_stride_h,
+    table_stride,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One part of a context, for the query heads of one KV head: its sum of values, largest score and sum of weights."""
+    row, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(length_B + row)
+    size = tl.cdiv(tl.cdiv(length, PARTS), BLOCK_S) * BLOCK_S
+    begin, end = part * size, tl.minimum(length, part * size + size)
+    query, d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    real = (query < Q)[:, None] & (d < D)[None, :]
+    head = group * Q + query
+    q = tl.load(q_BHD + row * q_stride_b + head[:, None] * q_stride_h + d[None, :], mask=real, other=0.0)
+    peak = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for first in tl.range(begin, end, BLOCK_S, num_stages=3):
+        token = first + tl.arange(0, BLOCK_S)
+        block = tl.load(table_BN + row * table_stride + token // BLOCK_SIZE, mask=token < end, other=0)
+        at = (block * BLOCK_SIZE + token % BLOCK_SIZE).to(tl.int64) * (G * D) + group * D
+        held = (token < end)[:, None] & (d < D)[None, :]
+        k = tl.load(k_SGD + at[:, None] + d[None, :], mask=held, other=0.0)
+        v = tl.load(v_SGD + at[:, None] + d[None, :], mask=held, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where((token < end)[None, :], score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, axis=1))
+        p = tl.exp(score - higher[:, None])
+        shrink = tl.exp(peak - higher)
+        weight = weight * shrink + tl.sum(p, axis=1)
+        total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        peak = higher
+    at = (row * H + head) * PARTS + part
+    tl.store(peak_BHP2 + at * 2, peak, mask=query < Q)
+    tl.store(peak_BHP2 + at * 2 + 1, weight, mask=query < Q)
+    tl.store(partial_BHPD + at[:, None] * D + d[None, :], total, mask=real)
+
+
+@triton.jit
+def _add_parts(
+    partial_BHPD,
+    peak_BHP2,
+    out_BHD,
+    out_stride_b,
+    out_stride_h,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    part, d = tl.arange(0, PARTS), tl.arange(0, BLOCK_D)
+    at = (row * H + head) * PARTS + part
+    peak = tl.load(peak_BHP2 + at * 2)
+    factor = tl.exp(peak - tl.max(peak, axis=0))
+    weight = tl.sum(factor * tl.load(peak_BHP2 + at * 2 + 1), axis=0)
+    partial = tl.load(partial_BHPD + at[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    out = tl.sum(partial * factor[:, None], axis=0) / weight
+    tl.store(
+        out_BHD + row * out_stride_b + head * out_stride_h + d, out.to(out_BHD.dtype.element_ty), mask=d < D
+    )
