@@ -174,11 +174,11 @@ class PagedAttention:
     ) -> Tensor:
         """[B, H, D], without a copy of the contexts."""
         if q_HBD.is_cuda:
-            from router import gpu_kernel
+            from router.gpu_attention import decode_attention
 
             q_BHD = q_HBD.transpose(0, 1)
             out_BHD = q_BHD.new_empty(q_BHD.shape)
-            gpu_kernel.decode_attention(
+            decode_attention(
                 q_BHD, k_SGD, v_SGD, plan.table_BN, plan.length_B, self._block_size, scale, out_BHD
             )
             return out_BHD

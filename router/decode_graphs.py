@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from experts.fabric import Fabric
 from experts.progress import Report, each
-from router.attention import AttentionPlan, PagedAttention
+from router.attention import AttentionPlan, PagedAttention, in_place
 from router.trunk import RoutedExperts, Trunk
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,21 @@ def batch_sizes(max_rows: int) -> list[int]:
     """Ascending; the last holds max_rows."""
     fine = range(1, min(max_rows, COARSE) + 1)
     return [*fine, *range(2 * COARSE, max_rows + COARSE, COARSE)] if max_rows > COARSE else [*fine]
+
+
+def graphs_of(
+    trunk: Trunk,
+    attention: PagedAttention,
+    experts: RoutedExperts,
+    fabric: Fabric,
+    *,
+    sizes: Sequence[int],
+    max_blocks: int,
+) -> "DecodeGraphs | None":
+    """For a GPU whose kernels and whose experts a graph may hold; elsewhere every step is started call by call."""
+    if trunk.device.type == "cuda" and in_place(trunk.dtype, trunk.device) and fabric.in_graph:
+        return DecodeGraphs(trunk, attention, experts, sizes=sizes, max_blocks=max_blocks)
+    return None
 
 
 class DecodeGraphs:
@@ -51,25 +67,14 @@ class DecodeGraphs:
             self._table_BN = torch.zeros(rows, max_blocks, dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    @torch.inference_mode()
     def capture(self, *, report: Report) -> None:
-        """Anew, in the engine's thread, between steps. Writes nothing into the cache."""
+        """Anew, in the engine's thread, between steps. Writes nothing into the cache. Where it fails, the log says why, and nothing fits."""
         self._graphs.clear()
-        self._table_BN.zero_()
-        self._row_4B.copy_(torch.tensor([0, 0, -1, 1])[:, None])  # token, position, slot, length
-        pool = torch.cuda.graph_pool_handle()
-        for size in each(
-            self._sizes[::-1], "graphs", report
-        ):  # the largest first: the others fit into its memory
-            stream = torch.cuda.Stream(self._trunk.device)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._run(size)  # kernels are compiled and libraries set up, which no graph can hold
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits_BV = self._run(size)
-            self._graphs[size] = graph, logits_BV
+        try:
+            self._capture_all(report)
+        except RuntimeError as error:
+            self._graphs.clear()
+            logger.warning("steps run without CUDA graphs, which could not be captured: %s", error)
 
     def fits(self, plan: AttentionPlan) -> bool:
         return bool(self._graphs) and not plan.prompts and plan.num_decoding <= self._sizes[-1]
@@ -89,6 +94,24 @@ class DecodeGraphs:
         graph, logits_BV = self._graphs[size]
         graph.replay()
         return logits_BV[:num_rows]
+
+    @torch.inference_mode()
+    def _capture_all(self, report: Report) -> None:
+        self._table_BN.zero_()
+        self._row_4B.copy_(torch.tensor([0, 0, -1, 1])[:, None])  # token, position, slot, length
+        pool = torch.cuda.graph_pool_handle()
+        for size in each(
+            self._sizes[::-1], "graphs", report
+        ):  # the largest first: the others fit into its memory
+            stream = torch.cuda.Stream(self._trunk.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(size)  # kernels are compiled and libraries set up, which no graph can hold
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits_BV = self._run(size)
+            self._graphs[size] = graph, logits_BV
 
     def _run(self, size: int) -> Tensor:
         token_B, position_B, slot_B, length_B = self._row_4B[:, :size]

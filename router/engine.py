@@ -19,9 +19,9 @@ from torch import Tensor
 from experts.fabric import Aborted, Fabric, Membership, PeerLost, ShardFailed, StepFailed
 from experts.progress import show
 from router.answer import Answer
-from router.attention import PagedAttention, in_place, plan_attention
+from router.attention import PagedAttention, plan_attention
 from router.config import RouterConfig
-from router.decode_graphs import DecodeGraphs, batch_sizes
+from router.decode_graphs import batch_sizes, graphs_of
 from router.dispatch import Dispatcher
 from router.guidance import Grammars
 from router.kv_cache import BlockTables, KVCache, num_blocks_for
@@ -101,7 +101,14 @@ class Engine:
         self._links = Links(self._dispatcher, on_lost=on_lost)
         self._scheduler = Scheduler(self._tables, max_batch_tokens=config.max_batch_tokens)
         self._roster = Roster(self._scheduler)
-        self._graphs = self._make_graphs()
+        self._graphs = graphs_of(
+            trunk,
+            self._attention,
+            self._dispatcher,
+            fabric,
+            sizes=batch_sizes(config.max_requests),
+            max_blocks=self._tables.table_RN.shape[1],
+        )
         self._num_steps = 0
         self._stepped_at: float | None = None
         self._mailbox = Mailbox()
@@ -188,21 +195,6 @@ class Engine:
         """Made for the first request that has a grammar: a large vocabulary takes a second."""
         return Grammars(self._tokenizer, vocab_size=self._trunk.shape.vocab_size, eos=self._eos)
 
-    def _make_graphs(self) -> DecodeGraphs | None:
-        """For a GPU whose kernels and whose experts a graph may hold; elsewhere every step is started call by call."""
-        trunk = self._trunk
-        if not (
-            trunk.device.type == "cuda" and in_place(trunk.dtype, trunk.device) and self._fabric.in_graph
-        ):
-            return None
-        return DecodeGraphs(
-            trunk,
-            self._attention,
-            self._dispatcher,
-            sizes=batch_sizes(self._config.max_requests),
-            max_blocks=self._tables.table_RN.shape[1],
-        )
-
     # The engine's thread
 
     def _run(self) -> None:
@@ -217,7 +209,7 @@ class Engine:
         if mail.members is not None:
             self._links.open(mail.members)
             if self._graphs and self._links.linked:
-                self._capture(self._graphs)
+                self._graphs.capture(report=show("router"))
         for prepared in mail.submitted:
             self._roster.add(prepared)
         for request_id in mail.cancelled:
@@ -227,13 +219,6 @@ class Engine:
             outputs += self.step() if self._links.linked else self._give_up()
         if outputs:
             self._on_outputs(outputs)
-
-    def _capture(self, graphs: DecodeGraphs) -> None:
-        try:
-            graphs.capture(report=show("router"))
-        except RuntimeError as error:
-            logger.warning("steps run without CUDA graphs, which could not be captured: %s", error)
-            self._graphs = None
 
     def step(self) -> list[RequestOutput]:
         """One step. If it loses a shard, nothing of it is committed and the plan is kept for the next try."""

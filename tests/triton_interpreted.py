@@ -22,6 +22,7 @@ from experts.placement import EMPTY
 from experts.selftest import Layer, calls, dequantised, largest_error, random_experts, run
 from router import gpu_kernel
 from router.fused import rope_on_cpu
+from router.gpu_attention import decode_attention
 
 CPU = torch.device("cpu")
 LAYERS = (
@@ -96,7 +97,7 @@ def errors_of_attention() -> dict[str, float]:
             gpu_kernel.write_cache(k_TGD, v_TGD, slot_T, k_SGD, v_SGD)
             gpu_kernel.write_cache(k_TGD[:1], v_TGD[:1], torch.tensor([-1]), k_SGD, v_SGD)  # nowhere
         context = (table_BN, torch.tensor(lengths), block_size)
-        gpu_kernel.decode_attention(q_BHD, k_SGD, v_SGD, *context, 0.3, out_BHD)
+        decode_attention(q_BHD, k_SGD, v_SGD, *context, 0.3, out_BHD)
         for row, (k_TGD, v_TGD) in enumerate(contexts):
             q, k, v = (x.transpose(0, 1)[None] for x in (q_BHD[row : row + 1], k_TGD, v_TGD))
             truth_1HTD = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)

@@ -131,7 +131,7 @@ def test_without_graphs_the_engine_goes_on(
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(DecodeGraphs, "capture", refuse)
+    monkeypatch.setattr(DecodeGraphs, "_run", refuse)
     with in_process(DEMO, num_shards=1, dtype=torch.bfloat16, device=GPU) as server:
         assert len(server.run([greedy("one", [1, 2, 3], num_tokens=5)])["one"].tokens) == 5
     assert sum("steps run without CUDA graphs" in record.message for record in caplog.records) == 1
