@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
 from deploy.api.fields import Sent
-from deploy.api.messages import Message
+from deploy.api.messages import Message, Tool
 from deploy.api.requests import TokenIds
 
 
@@ -45,6 +45,7 @@ class TokenizeRequest(Sent):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, fail_fast=True)
+    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -56,6 +57,8 @@ class TokenizeRequest(Sent):
             raise ValueError("either prompt or messages must be given")
         if self.messages is not None and self.add_special_tokens:
             raise ValueError("add_special_tokens=true is for a prompt: a chat's template writes them itself")
+        if self.messages is None and self.tools:
+            raise ValueError("tools are for messages: only a chat's template can write them")
         return self
 
 
@@ -94,6 +97,7 @@ def _encode(body: TokenizeRequest, tokenizer: Tokens) -> list[int]:
     assert body.messages is not None
     text = tokenizer.render_chat(
         [message.for_template() for message in body.messages],
+        tools=[tool.for_template() for tool in body.tools],
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs,
     )

@@ -1,5 +1,6 @@
 """/tokenize and /detokenize, and what else is asked of the endpoint beside completions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ async def test_a_chat_is_tokenised_as_it_would_be_answered(http: httpx.AsyncClie
     assert answer["token_strs"] == [f"<{token}>" for token in answer["tokens"]]
 
 
+async def test_tools_are_tokenised_as_the_template_writes_them(http: httpx.AsyncClient) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    answer = (await http.post("/tokenize", json=HELLO | {"tools": [tool]})).json()
+    assert bytes(answer["tokens"]) == f"<tools>{json.dumps([tool])}<user>hello".encode()
+
+
 def test_special_tokens_of_a_text_and_of_a_chat() -> None:
     tokenizer = Tokenizer(DEMO)
     begin = tokenizer.token_text(0)
@@ -60,6 +67,13 @@ def test_special_tokens_of_a_text_and_of_a_chat() -> None:
         ("/tokenize", HELLO | {"prompt": "x"}, 400, "either prompt or messages"),
         ("/tokenize", HELLO | {"add_special_tokens": True}, 400, "add_special_tokens=true"),
         ("/tokenize", {"messages": [{"role": "user", "content": "refuse"}]}, 400, "template failed"),
+        (
+            "/tokenize",
+            {"prompt": "x", "tools": [{"type": "function", "function": {"name": "f"}}]},
+            400,
+            "tools are for",
+        ),
+        ("/tokenize", HELLO | {"tools": [{"type": "magic"}]}, 400, "tools"),
         ("/tokenize", {"prompt": "x", "model": "other"}, 404, "other"),
         ("/detokenize", {"tokens": [256]}, 400, "outside the vocabulary of 256"),
         ("/detokenize", {"tokens": [-1]}, 400, "outside the vocabulary"),
