@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping
 from deploy.spec import Refusal
+from deploy.within import within
 from router.request import QueueFull, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class HandleClient:
         while True:
             await asyncio.sleep(RENEW_S)
             try:
-                await asyncio.wait_for(self._router.renew.remote(name), RENEW_S)
+                await within(RENEW_S, self._router.renew.remote(name))
             except (TimeoutError, RayError, RayServeException) as error:
                 logger.warning("the router did not hear that we live: %s", type(error).__name__)
 

@@ -21,6 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.readiness import LaunchError
 from deploy.spec import NAMESPACE, fleet_name
+from deploy.within import within
 
 ANSWER_S = 10.0
 """How long the Serve controller or the Fleet may take over one call."""
@@ -67,7 +68,7 @@ class Application:
 
         async def drain() -> None:  # in a loop: where Serve's handles live, see RAY_SETTINGS
             router: Any = serve.get_deployment_handle("Router", app_name=self.name)
-            await asyncio.wait_for(router.drain.remote(), limit_s)
+            await within(limit_s, router.drain.remote())
 
         with _told("running requests are cut short"):
             asyncio.run(drain())

@@ -21,6 +21,7 @@ from deploy.logs import LogFormat
 from deploy.nodes import Seat
 from deploy.ray_shards import RayShards, Shard
 from deploy.spec import FleetOverview, FleetSpec, ShardState, ShardStats
+from deploy.within import within
 from experts.checkpoint_index import CheckpointIndex
 from experts.fabric import Membership
 from experts.placement import ExpertPlacement, place_evenly
@@ -113,9 +114,7 @@ class Fleet:
         """For people and metrics: the shards that answer, and why the others do not."""
         await self._recover()
         asked = [shard.handle.stats.remote() for shard in self._living() if shard.runs]
-        answers = await asyncio.gather(
-            *(asyncio.wait_for(one, POLL_S) for one in asked), return_exceptions=True
-        )
+        answers = await asyncio.gather(*(within(POLL_S, one) for one in asked), return_exceptions=True)
         stats = sorted((one for one in answers if isinstance(one, ShardStats)), key=lambda one: one.rank)
         hopeless = next((keeper.hopeless for keeper in self._keepers.values() if keeper.hopeless), "")
         return FleetOverview(
@@ -234,6 +233,6 @@ def _read_placement(spec: FleetSpec) -> ExpertPlacement:
 
 async def _describe(handle: Any) -> ShardState | None:
     try:
-        return await asyncio.wait_for(handle.describe.remote(), DESCRIBE_S)
+        return await within(DESCRIBE_S, handle.describe.remote())
     except (RayError, TimeoutError):
         return None

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from deploy.logs import LogFormat
 from deploy.spec import NAMESPACE, FleetOverview, FleetSpec, fleet_name
+from deploy.within import within
 
 if TYPE_CHECKING:
     from experts.fabric import Membership, StepFailed
@@ -77,7 +78,7 @@ class FleetLink:
         if self._handle is None:
             return None
         try:
-            return await asyncio.wait_for(self._handle.overview.remote(), OVERVIEW_S)
+            return await within(OVERVIEW_S, self._handle.overview.remote())
         except (RayError, TimeoutError):
             return None
 
@@ -89,15 +90,15 @@ class FleetLink:
         handle, self._handle = self._handle, None
         if handle is not None:
             with contextlib.suppress(Exception):  # if all of Ray is gone, so is what we would keep
-                await asyncio.wait_for(handle.renew.remote(self._router, ttl_s=LAST_WILL_S), RETRY_S)
+                await within(RETRY_S, handle.renew.remote(self._router, ttl_s=LAST_WILL_S))
 
     async def _hold_lease(self) -> None:
         """Renew for as long as we live, and tell the Fleet what we want until it has accepted that."""
         while True:
             self._changed.clear()
             try:
-                known = await asyncio.wait_for(
-                    self._fleet().renew.remote(self._router, ttl_s=self._lease_s), self._patience_s
+                known = await within(
+                    self._patience_s, self._fleet().renew.remote(self._router, ttl_s=self._lease_s)
                 )
                 refused = "" if known and self._accepted == self._spec else await self._reconcile()
             except Exception as error:  # noqa: BLE001 whatever befalls the Fleet, the lease must be tried again
@@ -106,12 +107,12 @@ class FleetLink:
                 continue
             pause_s = min(REFUSED_S if refused else RENEW_S, self._lease_s / 4)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), pause_s)
+                await within(pause_s, self._changed.wait())
 
     async def _reconcile(self) -> str:
         """Why the Fleet refuses to be as we want, "" if it does not."""
         spec, self._accepted = self._spec, None
-        refused = await asyncio.wait_for(self._fleet().reconcile.remote(spec), self._patience_s)
+        refused = await within(self._patience_s, self._fleet().reconcile.remote(spec))
         if refused:
             logger.warning("the Fleet refuses what we want: %s", refused)
         else:
@@ -123,7 +124,7 @@ class FleetLink:
         while True:
             try:
                 call = self._fleet().next_membership.remote(after=epoch, names=names, timeout_s=POLL_S)
-                members = await asyncio.wait_for(call, 2 * POLL_S)
+                members = await within(2 * POLL_S, call)
             except Exception as error:  # noqa: BLE001 as in _hold_lease
                 await self._start_over("did not say who its shards are", error)
                 continue

@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from deploy.nodes import Seat, choose_seat, needs
 from deploy.ray_shards import RayShards, Shard
 from deploy.spec import FleetSpec
+from deploy.within import within
 from experts.fabric import ShardAddress
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Keeper:
             if not (await asyncio.wait({started}, timeout=SLOW_START_S))[0]:
                 self._waits_for = f"Ray to start its process on node {node}"
                 logger.warning("%s", self.problem)
-            await asyncio.wait_for(started, START_LIMIT_S)
+            await within(START_LIMIT_S, started)
         except TimeoutError:
             raise TimeoutError(f"Ray has not started its process on node {node}") from None
         finally:
@@ -128,7 +129,7 @@ class Keeper:
 
     async def _load(self, shard: Shard) -> ShardAddress:
         try:
-            return await asyncio.wait_for(shard.handle.load.remote(), self._spec.start_timeout_s)
+            return await within(self._spec.start_timeout_s, shard.handle.load.remote())
         except TimeoutError:
             raise ValueError(f"did not load its experts within {self._spec.start_timeout_s:.0f} s") from None
 

@@ -25,6 +25,7 @@ from deploy.fleet_link import FleetLink
 from deploy.metrics import RouterMetrics
 from deploy.outboxes import Outboxes
 from deploy.spec import FleetSpec, Refusal
+from deploy.within import within
 from experts.config import ExpertsConfig
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
@@ -290,7 +291,7 @@ class RouterReplica:
         answer = self._probes[request.id] = asyncio.get_running_loop().create_future()
         try:
             self._engine.submit(self._engine.prepare(request))
-            output = await asyncio.wait_for(answer, PROBE_S)
+            output = await within(PROBE_S, answer)
         except QueueFull:
             return "the queue is full"
         except TimeoutError:
