@@ -150,7 +150,6 @@ def test_more_shards_than_experts_are_refused_and_what_runs_goes_on(
     assert deployed.greedy(PROMPTS[0]) == expected[0]
 
 
-@pytest.mark.slow
 def test_serve_delete_leaves_no_actor_behind(deployed: Deployed) -> None:
     assert _our_actors()
     serve.delete("sparkmoe")
