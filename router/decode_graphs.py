@@ -100,9 +100,8 @@ class DecodeGraphs:
         self._table_BN.zero_()
         self._row_4B.copy_(torch.tensor([0, 0, -1, 1])[:, None])  # token, position, slot, length
         pool = torch.cuda.graph_pool_handle()
-        for size in each(
-            self._sizes[::-1], "graphs", report
-        ):  # the largest first: the others fit into its memory
+        largest_first = self._sizes[::-1]  # the others fit into its memory
+        for size in each(largest_first, "graphs", report):
             stream = torch.cuda.Stream(self._trunk.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

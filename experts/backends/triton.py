@@ -6,6 +6,7 @@ matrix, J = K / 2.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -168,12 +169,11 @@ class Layer:
         self.gate_up = Matrix.zeros(num_slots, 2 * shape.intermediate, shape.hidden, device)
         self.down = Matrix.zeros(num_slots, shape.hidden, shape.intermediate, device)
         self.scale_2_e3 = torch.zeros(num_slots, 3, device=device)
-        self._order_I = order_of(shape.intermediate).to(device)
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
         in_turn = (tensor[slot].unflatten(0, (-1, 2, 8)).unbind(1) for tensor in self.gate_up)
         for w, into in zip((weights.gate, weights.up), zip(*in_turn, strict=True), strict=True):
-            order_N = self._order_I.to(w.packed.device)
+            order_N = order_of(len(w.packed)).to(w.packed.device)
             scale = w.scale.view(torch.uint8)[order_N].view(w.scale.dtype)
             _write(replace(w, packed=w.packed[order_N], scale=scale), *into)
         _write(weights.down, *(tensor[slot] for tensor in self.down))
@@ -181,6 +181,7 @@ class Layer:
         self.scale_2_e3[slot].copy_(scale_2 * 2.0**triton_kernels.SCALE_SHIFT)
 
 
+@cache  # a model has two sizes, and thousands of matrices of each
 def order_of(num_inputs: int) -> Tensor:
     """int64 [K]: which input stands at each position. Both halves are permuted in the same way.
 
@@ -189,9 +190,8 @@ def order_of(num_inputs: int) -> Tensor:
     """
     half = num_inputs // 2
     side = 4 if half % 64 == 0 else 2
-    at = torch.arange(half).reshape(
-        -1, side, 4 // side, side, 4
-    )  # square, group, word // side, word % side, byte
+    sizes = (-1, side, 4 // side, side, 4)  # square, group, word // side, word % side, byte
+    at = torch.arange(half).reshape(sizes)
     order_J = at.permute(0, 3, 1, 2, 4).flatten()
     return torch.cat([order_J, half + order_J])
 
