@@ -25,16 +25,23 @@ def is_static(num_tokens: int, top_k: int) -> bool:
 def to_fp4_and_back(x_RK: Tensor, scale_R: Tensor) -> Tensor:
     """float32 x to blocks of FP4, and to the values that the tensor cores see: e2m1(code) * e4m3(block scale).
 
-    scale_R: the plain multiplier of each row; x is about the result times it. A block whose scale rounds to zero is
-    zero, one that exceeds 448 saturates.
+    scale_R: the plain multiplier of each row; x is about the result times it.
+    """
+    value_RGi, block_RG = to_fp4(x_RK, scale_R)
+    return (value_RGi * block_RG.unsqueeze(-1)).flatten(-2)
+
+
+def to_fp4(x_RK: Tensor, scale_R: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [R, G, 16] of E2M1 values, and float32 [R, G] of e4m3 block scales, whose product times scale_R is about x.
+
+    A block whose scale rounds to zero is zero, one that exceeds 448 saturates.
     """
     x_RGi = x_RK.unflatten(-1, (-1, GROUP))
-    inverse_R11 = scale_R.reciprocal()[:, None, None]
-    amax_RG1 = x_RGi.abs().amax(dim=-1, keepdim=True)
-    block_RG1 = (amax_RG1 * (1 / E2M1_MAX) * inverse_R11).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-    factor_RG1 = block_RG1.reciprocal() * inverse_R11
-    factor_RG1.masked_fill_(block_RG1 == 0, 0.0)
-    return (round_to_e2m1(x_RGi * factor_RG1) * block_RG1).flatten(-2)
+    inverse_R1 = scale_R.reciprocal()[:, None]
+    amax_RG = x_RGi.abs().amax(dim=-1)
+    block_RG = (amax_RG * (1 / E2M1_MAX) * inverse_R1).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    factor_RG = (block_RG.reciprocal() * inverse_R1).masked_fill_(block_RG == 0, 0.0)
+    return round_to_e2m1(x_RGi * factor_RG.unsqueeze(-1)), block_RG
 
 
 def round_to_e2m1(x: Tensor) -> Tensor:

@@ -143,10 +143,10 @@ def time_graph(step: Callable[[], object]) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return _times(graph.replay)
+    return time_calls(graph.replay)
 
 
-def _times(step: Callable[[], object]) -> list[float]:
+def time_calls(step: Callable[[], object]) -> list[float]:
     times = []
     for _ in range(REPLAYS + 3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -168,9 +168,9 @@ def floor_s(shape: MoEShape, call: Call, machine: Machine) -> float:
 def measure_machine() -> Machine:
     source = torch.empty(1 << 32, dtype=torch.uint8, device=GPU)
     target = torch.empty_like(source)
-    copy_s = statistics.median(_times(lambda: target.copy_(source)))
+    copy_s = statistics.median(time_calls(lambda: target.copy_(source)))
     a, b = (torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16) for _ in range(2))
-    product_s = statistics.median(_times(lambda: a @ b))
+    product_s = statistics.median(time_calls(lambda: a @ b))
     return Machine(2 * source.numel() / copy_s, 2 * 8192**3 / product_s)
 
 
