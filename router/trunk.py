@@ -65,10 +65,11 @@ class Trunk:
     def random(cls, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> "Trunk":
         """With weights drawn anew, for benchmarks."""
         family: Any = _without_experts(config)
-        with device:
+        with torch.device("meta"):  # which the experts, larger than any memory, never leave
             model = family._from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=_EXPERTS
             )
+        model.to_empty(device=device).init_weights()
         return cls(model, config, dtype=dtype, device=device)
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from experts.backends import b12x_layout as layout
 from experts.backends import b12x_numerics as numerics
-from experts.nvfp4 import E2M1_MAX, E4M3_MAX, GROUP, encode_e2m1, pack, unpack
+from experts.nvfp4 import GROUP, encode_e2m1, pack
 
 pytestmark = pytest.mark.gpu
 
@@ -38,8 +38,6 @@ SIZES = [
     (5, 80),
 ]
 SCALES = [1.0, 2.0**-6, 0.00372, 1.7e-5, 117.0]
-DOUBT = 2.0**-20
-"""Relative: how far apart two orders of multiplying by reciprocals of a few units in the last place can be."""
 
 
 class Fp4(NamedTuple):
@@ -124,28 +122,14 @@ def inputs(kind: str, num_rows: int, num_cols: int, scale: float) -> Tensor:
 @pytest.mark.parametrize("kind", ["plain", "outliers", "zeros"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bytes_are_flashinfers(size: tuple[int, int], kind: str, scale: float) -> None:
-    """But where float32 itself is in doubt: within 2^-20 of the middle between two results either may come."""
     x_RK = inputs(kind, *size, scale)
     found, expected = ours(x_RK, scale), theirs(x_RK, scale, swizzled=False)
-    x_RGi = x_RK.double().unflatten(1, (-1, GROUP))
-    exact_RG = x_RGi.abs().amax(dim=-1) / E2M1_MAX / scale
-    sure_RG = to_e4m3(exact_RG * (1 - DOUBT)) == to_e4m3(exact_RG * (1 + DOUBT))
-    assert torch.equal(found.scale[sure_RG], expected.scale[sure_RG])
-    assert (found.scale.int() - expected.scale.int()).abs().max() <= 1
-
-    same_RG = found.scale == expected.scale
-    block_RG1 = expected.scale.view(torch.float8_e4m3fn).double().unsqueeze(-1)
-    exact_RGi = x_RGi / (block_RG1 * scale)
-    low_RGi, high_RGi = (numerics.round_to_e2m1(exact_RGi * (1 + doubt)) for doubt in (-DOUBT, DOUBT))
-    used_RGi = (same_RG.unsqueeze(-1) & (block_RG1 > 0)).expand_as(x_RGi)  # codes of a zero block say nothing
-    sure_RGi = used_RGi & (low_RGi == high_RGi)
-    found_RGi, expected_RGi = (codes(each.packed).unflatten(1, (-1, GROUP)) for each in (found, expected))
-    assert torch.equal(found_RGi[sure_RGi], expected_RGi[sure_RGi])
-    value_RGi = unpack(expected.packed).unflatten(1, (-1, GROUP))
-    assert ((value_RGi == low_RGi) | (value_RGi == high_RGi))[used_RGi].all()
-    if kind == "plain" and x_RK.numel() > 10_000:
-        assert sure_RG.double().mean() > 0.98
-        assert sure_RGi.double().mean() > 0.98
+    assert torch.equal(found.scale, expected.scale)
+    used_RG1 = found.scale.unsqueeze(-1) != 0  # a block whose scale is zero is zero, whatever its codes
+    found_RGi, expected_RGi = (
+        each.packed.unflatten(1, (-1, GROUP // 2)).where(used_RG1, 0) for each in (found, expected)
+    )
+    assert torch.equal(found_RGi, expected_RGi)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -158,11 +142,3 @@ def test_scales_lie_where_flashinfer_puts_them(size: tuple[int, int]) -> None:
     assert torch.equal(storage.view(torch.uint8).flatten(), swizzled.scale.flatten())
     interleaved = flashinfer.block_scale_interleave(rows.scale)
     assert torch.equal(storage.view(torch.uint8).flatten(), interleaved.flatten())
-
-
-def to_e4m3(x: Tensor) -> Tensor:
-    return x.clamp(max=E4M3_MAX).float().to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def codes(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
