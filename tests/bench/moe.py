@@ -5,7 +5,8 @@
 The layers are random: codes and routing are drawn anew, and a CUDA graph runs several layers of different weights, so that none is
 found in the L2. Microseconds are of a layer: the median of the replays, with the tenth and the ninetieth percentile.
 Floor: the larger of the bytes of the active experts' packed weights and scales over the copy bandwidth, and the products'
-FLOPs over the rate of an 8192-cubed bfloat16 product, both measured here first.
+FLOPs over the rate of an 8192-cubed bfloat16 product, both measured here first. Where FlashInfer's cuTile kernels can be compiled,
+they are measured too, see tests.bench.cutile.
 
 T tokens, D hidden, K top-k, E experts, I intermediate.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from experts.backends import BACKENDS, DEFAULTS
 from experts.weights import MoEShape
+from tests.bench import cutile
 from tests.bench.report import emit, percentile
 
 GPU = torch.device("cuda")
@@ -62,6 +64,8 @@ def main() -> None:
             "triton": [triton_layer(shape) for _ in range(LAYERS)],
             "grouped_mm": [grouped_layer(shape) for _ in range(LAYERS)],
         }
+        if cutile.available():
+            ways["cutile"] = [cutile_layer(shape) for _ in range(LAYERS)]
         for num_tokens in TOKENS:
             calls = [random_call(shape, num_tokens) for _ in range(LAYERS)]
             floor_us = statistics.mean(floor_s(shape, call, machine) for call in calls) * 1e6
@@ -115,6 +119,19 @@ def grouped_layer(shape: MoEShape) -> Layer:
         y_RD = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends_E)
         y_RD *= call.w_TK.flatten()[pair_R, None].to(torch.bfloat16)
         return torch.zeros_like(call.x_TD).index_add_(0, token_R, y_RD)
+
+    return run
+
+
+def cutile_layer(shape: MoEShape) -> Layer:
+    layer = cutile.CuTileLayer(shape, top_k=TOP_K, max_tokens=max(TOKENS), device=GPU)
+    tuned_for: set[int] = set()
+
+    def run(call: Call) -> Tensor:
+        if len(call.x_TD) not in tuned_for:  # in the run before a graph is captured
+            layer.tune(*call)
+            tuned_for.add(len(call.x_TD))
+        return layer(*call)
 
     return run
 
