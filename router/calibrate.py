@@ -114,13 +114,13 @@ def _forward(trunk: Trunk, sequences: Sequence[Sequence[int]], experts: _Recorde
         attention=PagedAttention(
             _shared_cache(trunk, num_slots=len(sequences) * longest), block_size=longest
         ),
-        plan=plan_attention(chunks, tables, dtype=trunk.dtype, device=device),
+        plan=plan_attention(chunks, tables, shape=trunk.shape, dtype=trunk.dtype, device=device),
         experts=experts,
     )
 
 
 def _shared_cache(trunk: Trunk, *, num_slots: int) -> KVCache:
-    """All layers write to the same memory: whole prompts are attended to without reading the cache."""
+    """All layers write to the same memory: whole prompts read of it only what their own layer has just written."""
     cache = KVCache(
         replace(trunk.shape, num_layers=1), num_slots=num_slots, dtype=trunk.dtype, device=trunk.device
     )

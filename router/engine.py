@@ -24,7 +24,7 @@ from router.config import RouterConfig
 from router.decode_graphs import batch_sizes, graphs_of
 from router.dispatch import Dispatcher
 from router.guidance import Grammars
-from router.kv_cache import BlockTables, KVCache, num_blocks_for
+from router.kv_cache import BlockTables, KVCache, num_blocks_for, stored_dtype
 from router.links import Links
 from router.mailbox import Mailbox
 from router.request import QueueFull, Request, RequestOutput
@@ -78,7 +78,8 @@ class Engine:
     ) -> None:
         """kv_bytes: of the KV cache. on_outputs, on_lost: called in the engine's thread, at most once per step; they must not block."""
         shape, block_size = trunk.shape, config.kv_cache.block_size
-        num_blocks = num_blocks_for(shape, kv_bytes, block_size=block_size, dtype=trunk.dtype)
+        kv_dtype = stored_dtype(config.kv_cache, dtype=trunk.dtype, device=trunk.device)
+        num_blocks = num_blocks_for(shape, kv_bytes, block_size=block_size, dtype=kv_dtype)
         self.max_model_len = min(shape.max_model_len, num_blocks * block_size)
         """Tokens of a prompt and its answer together."""
         self._tables = BlockTables(
@@ -87,9 +88,7 @@ class Engine:
             max_requests=config.max_requests,
             max_tokens=self.max_model_len,
         )
-        self._cache = KVCache(
-            shape, num_slots=num_blocks * block_size, dtype=trunk.dtype, device=trunk.device
-        )
+        self._cache = KVCache(shape, num_slots=num_blocks * block_size, dtype=kv_dtype, device=trunk.device)
         self._trunk = trunk
         self._fabric = fabric
         self._tokenizer = tokenizer
@@ -257,7 +256,9 @@ class Engine:
         """Logits [N, V] of the rows that are sampled or scored, in plan order."""
         device = self._trunk.device
         self._cache.erase(self._tables.slots_to_erase())
-        attention = plan_attention(plan.chunks, self._tables, dtype=self._trunk.dtype, device=device)
+        attention = plan_attention(
+            plan.chunks, self._tables, shape=self._trunk.shape, dtype=self._trunk.dtype, device=device
+        )
         self._dispatcher.begin(step=self._num_steps, rows=plan.num_tokens)
         if self._graphs and self._graphs.fits(attention):
             logits_BV = self._graphs.forward(plan.tokens(), plan.positions(), attention)

@@ -9,14 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from router.fp8 import LARGEST, SMALLEST_PEAK
+from router.kv_cache import LayerCache
 
-def write_cache(k_TGD: Tensor, v_TGD: Tensor, slot_T: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
-    """Each row's key and value into its slot; nowhere if that is negative."""
+
+def write_cache(k_TGD: Tensor, v_TGD: Tensor, slot_T: Tensor, cache: LayerCache) -> None:
+    """Each row's key and value into its slot, as fp8.quantize says where the cache is FP8; nowhere if the slot is negative."""
     num_rows, num_heads, head_dim = k_TGD.shape
-    assert k_SGD.is_contiguous()
-    assert v_SGD.is_contiguous()
+    assert all(tensor is None or tensor.is_contiguous() for tensor in cache)
     _write_cache[(num_rows,)](
-        *(k_TGD, v_TGD, slot_T, k_SGD, v_SGD, *k_TGD.stride()[:2], *v_TGD.stride()[:2]),
+        *(k_TGD, v_TGD, slot_T, cache.k_SGD, cache.v_SGD, cache.scale_SG2),
+        *(*k_TGD.stride()[:2], *v_TGD.stride()[:2]),
+        LARGEST=LARGEST,
+        SMALLEST_PEAK=SMALLEST_PEAK,
         G=num_heads,
         D=head_dim,
         BLOCK_G=triton.next_power_of_2(num_heads),
@@ -97,10 +102,13 @@ def _write_cache(
     slot_T,
     k_SGD,
     v_SGD,
+    scale_SG2,
     k_stride_t,
     k_stride_g,
     v_stride_t,
     v_stride_g,
+    LARGEST: tl.constexpr,
+    SMALLEST_PEAK: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -110,11 +118,20 @@ def _write_cache(
     slot = tl.load(slot_T + row)
     if slot < 0:
         return
-    g, d = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    here = (g < G) & (d < D)
-    to = slot * (G * D) + g * D + d
-    tl.store(k_SGD + to, tl.load(k_TGD + row * k_stride_t + g * k_stride_g + d, mask=here), mask=here)
-    tl.store(v_SGD + to, tl.load(v_TGD + row * v_stride_t + g * v_stride_g + d, mask=here), mask=here)
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)[None, :]
+    here = (g < G)[:, None] & (d < D)
+    k = tl.load(k_TGD + row * k_stride_t + g[:, None] * k_stride_g + d, mask=here, other=0.0)
+    v = tl.load(v_TGD + row * v_stride_t + g[:, None] * v_stride_g + d, mask=here, other=0.0)
+    to = slot * G + g
+    if scale_SG2 is not None:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+        k_scale = tl.maximum(tl.max(tl.abs(k), axis=1), SMALLEST_PEAK) / LARGEST
+        v_scale = tl.maximum(tl.max(tl.abs(v), axis=1), SMALLEST_PEAK) / LARGEST
+        k, v = k / k_scale[:, None], v / v_scale[:, None]
+        tl.store(scale_SG2 + to * 2, k_scale, mask=g < G)
+        tl.store(scale_SG2 + to * 2 + 1, v_scale, mask=g < G)
+    tl.store(k_SGD + to[:, None] * D + d, k.to(k_SGD.dtype.element_ty), mask=here)
+    tl.store(v_SGD + to[:, None] * D + d, v.to(v_SGD.dtype.element_ty), mask=here)
 
 
 @triton.jit

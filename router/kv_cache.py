@@ -6,12 +6,15 @@ R rows (one per running request), N blocks of a row, S slots (num_blocks * block
 import os
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from router.block_pool import BlockPool
 from router.config import KVCacheConfig
+from router.fp8 import E4M3
 from router.model_config import TrunkShape
 
 
@@ -111,25 +114,40 @@ class BlockTables:
         held.append(block)
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer. scale_SG2: of FP8 alone, what each token's head of either is to be multiplied by; float32."""
+
+    k_SGD: Tensor
+    v_SGD: Tensor
+    scale_SG2: Tensor | None
+
+
 class KVCache:
-    """Keys and values of every layer, by slot: k[layer], v[layer] are [S, G, D]."""
+    """Keys and values of every layer, by slot: k[layer], v[layer] are [S, G, D], scales[layer], of FP8, [S, G, 2]."""
 
     def __init__(
         self, shape: TrunkShape, *, num_slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        """dtype: of what is kept, see stored_dtype."""
         size = (shape.num_layers, num_slots, shape.num_kv_heads, shape.head_dim)
         self.k = torch.zeros(
             size, dtype=dtype, device=device
         )  # zeros: slots that a mask hides must be finite
         self.v = torch.zeros(size, dtype=dtype, device=device)
+        self.scales: Tensor | None = None
+        if dtype == E4M3:
+            self.scales = torch.zeros(*size[:3], 2, dtype=torch.float32, device=device)
+
+    def layer(self, layer: int) -> LayerCache:
+        return LayerCache(self.k[layer], self.v[layer], None if self.scales is None else self.scales[layer])
 
     def erase(self, slots: np.ndarray) -> None:
         """Zeros, in every layer."""
         if len(slots) == 0:
             return
         index = torch.from_numpy(slots).to(self.k.device)
-        self.k[:, index] = 0
-        self.v[:, index] = 0
+        for tensor in (self.k, self.v) if self.scales is None else (self.k, self.v, self.scales):
+            tensor[:, index] = 0
 
 
 def memory_for(config: KVCacheConfig, *, device: torch.device, set_aside: int = 0) -> int:
@@ -150,9 +168,22 @@ def left_over(free: int, total: int, *, own: int, set_aside: int) -> int:
     return max(0, min(free * 9 // 10, total * 9 // 10 - own - set_aside))
 
 
+def stored_dtype(config: KVCacheConfig, *, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values in the cache; dtype: of the trunk. Raises ValueError where it cannot be."""
+    if config.dtype == "auto":
+        return dtype
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ValueError(
+            f"router.kv_cache.dtype={config.dtype} needs a GPU of SM89 or newer; {torch.cuda.get_device_name(device)} "
+            f"is SM{capability[0]}{capability[1]}: set it to auto"
+        )
+    return E4M3
+
+
 def num_blocks_for(shape: TrunkShape, num_bytes: int, *, block_size: int, dtype: torch.dtype) -> int:
-    """How many blocks of keys and values fit into the memory. Raises ValueError if none does."""
-    bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    """How many blocks of keys and values, stored in this dtype, fit into the memory. Raises ValueError if none does."""
+    bytes_per_vector = shape.head_dim * dtype.itemsize + (4 if dtype == E4M3 else 0)  # a float32 scale
+    bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * bytes_per_vector
     num_blocks = num_bytes // (bytes_per_token * block_size)
     if num_blocks == 0:
         raise ValueError(

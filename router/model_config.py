@@ -21,6 +21,7 @@ class TrunkShape:
     """max_model_len: tokens of prompt and answer together."""
 
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden: int
@@ -73,6 +74,7 @@ def shape_of(config: "PreTrainedConfig") -> TrunkShape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return TrunkShape(
         num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         hidden=config.hidden_size,

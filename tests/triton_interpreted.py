@@ -7,12 +7,15 @@ its own. In float32, since the interpreter multiplies bfloat16 as if they were i
 """
 
 import json
+from itertools import product
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
 
 from experts.backends import triton as backend_triton
 from experts.backends import triton_kernels
@@ -20,9 +23,13 @@ from experts.local_pairs import PairsOnCpu
 from experts.pairs_kernel import PairsInKernel
 from experts.placement import EMPTY
 from experts.selftest import Layer, calls, dequantised, largest_error, random_experts, run
-from router import gpu_kernel
+from router import fp8, gpu_kernel
+from router.fp8 import E4M3
 from router.fused import rope_on_cpu
 from router.gpu_attention import decode_attention
+from router.gpu_prompt_attention import prompt_attention
+from router.kv_cache import LayerCache
+from router.prompt_tiles import PromptTiles, cut_into_tiles, tokens_per_tile
 
 CPU = torch.device("cpu")
 LAYERS = (
@@ -34,12 +41,15 @@ TOKENS = (1, 3, 40)
 
 def main() -> None:
     in_python = mock.patch.object(triton_kernels, "dequantize", dequantize)
-    with in_python, mock.patch.object(backend_triton, "complaint", return_value=None):
+    rounds = mock.patch.object(interpreter, "_convert_float", convert)
+    with in_python, rounds, mock.patch.object(backend_triton, "complaint", return_value=None):
         print(
             json.dumps(
                 errors_of_calls()
                 | errors_of_queries_and_keys()
                 | errors_of_attention()
+                | errors_of_prompts()
+                | errors_of_fp8()
                 | errors_of_pairs()
                 | errors_of_gates()
             )
@@ -84,30 +94,98 @@ def errors_of_queries_and_keys() -> dict[str, float]:
     return errors
 
 
+def empty_cache(num_slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
+    """What nobody writes is NaN."""
+    k_SGD, v_SGD = torch.full((2, num_slots, kv_heads, head_dim), float("nan")).to(dtype)
+    scale_SG2 = torch.full((num_slots, kv_heads, 2), float("nan")) if dtype == E4M3 else None
+    return LayerCache(k_SGD, v_SGD, scale_SG2)
+
+
+def write(cache: LayerCache, slot_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
+    """What has then been kept of them, as torch has it."""
+    gpu_kernel.write_cache(k_TGD, v_TGD, slot_T, cache)
+    gpu_kernel.write_cache(k_TGD[:1], v_TGD[:1], torch.tensor([-1]), cache)  # nowhere
+    if cache.scale_SG2 is None:
+        return k_TGD, v_TGD
+    k, v = (fp8.dequantize(*fp8.quantize(x_TGD), torch.float32) for x_TGD in (k_TGD, v_TGD))
+    return k, v
+
+
 def errors_of_attention() -> dict[str, float]:
-    """Of contexts that are written to a cache, beside torch's attention. What nobody wrote is NaN."""
+    """Of contexts that are written to a cache, beside torch's attention."""
     errors, lengths, block_size = {}, [1, 5, 70], 4
-    for heads, kv_heads, head_dim, _ in HEADS:
+    for (heads, kv_heads, head_dim, _), dtype in product(HEADS, (torch.float32, E4M3)):
         table_BN = torch.randperm(len(lengths) * 40).reshape(len(lengths), 40)
-        k_SGD, v_SGD = torch.full((2, table_BN.numel() * block_size, kv_heads, head_dim), float("nan"))
+        cache = empty_cache(table_BN.numel() * block_size, kv_heads, head_dim, dtype)
         q_BHD, out_BHD = torch.randn(2, heads, len(lengths), head_dim).transpose(1, 2)
-        contexts = [torch.randn(2, kv_heads, length, head_dim).transpose(1, 2) for length in lengths]
-        for table_N, (k_TGD, v_TGD) in zip(table_BN, contexts, strict=True):
-            slot_T = (table_N[:, None] * block_size + torch.arange(block_size)).flatten()[: len(k_TGD)]
-            gpu_kernel.write_cache(k_TGD, v_TGD, slot_T, k_SGD, v_SGD)
-            gpu_kernel.write_cache(k_TGD[:1], v_TGD[:1], torch.tensor([-1]), k_SGD, v_SGD)  # nowhere
-        context = (table_BN, torch.tensor(lengths), block_size)
-        decode_attention(q_BHD, k_SGD, v_SGD, *context, 0.3, out_BHD)
+        contexts = []
+        for table_N, length in zip(table_BN, lengths, strict=True):
+            slot_T = (table_N[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
+            contexts.append(write(cache, slot_T, *torch.randn(2, kv_heads, length, head_dim).transpose(1, 2)))
+        decode_attention(q_BHD, cache, table_BN, torch.tensor(lengths), block_size, 0.3, out_BHD)
         for row, (k_TGD, v_TGD) in enumerate(contexts):
-            q, k, v = (x.transpose(0, 1)[None] for x in (q_BHD[row : row + 1], k_TGD, v_TGD))
-            truth_1HTD = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
-            errors[f"attention, {heads} heads, {lengths[row]} tokens"] = distance(
-                out_BHD[row], truth_1HTD[0, :, 0]
+            truth_THD = causal(q_BHD[row : row + 1], k_TGD, v_TGD, start=lengths[row] - 1)
+            name = f"attention, {dtype}, {heads} heads, {lengths[row]} tokens"
+            errors[name] = distance(out_BHD[row], truth_THD[0])
+    return errors
+
+
+def errors_of_prompts() -> dict[str, float]:
+    """Of chunks that begin their prompt, go on with it, or are one token of it; beside torch's attention."""
+    errors, spans, block_size, first = {}, [(0, 75), (130, 40), (64, 1), (7, 2), (63, 65), (0, 1)], 4, 3
+    counts = [count for _, count in spans]
+    for (heads, kv_heads, head_dim, _), dtype in product((*HEADS, (7, 1, 80, 0)), (torch.float32, E4M3)):
+        table_PN = torch.randperm(len(spans) * 50).reshape(len(spans), 50)
+        cache = empty_cache(table_PN.numel() * block_size, kv_heads, head_dim, dtype)
+        q_THD, out_THD = torch.randn(2, heads, first + sum(counts), head_dim).transpose(1, 2)
+        contexts = []
+        for table_N, (start, count) in zip(table_PN, spans, strict=True):
+            slot_T = (table_N[:, None] * block_size + torch.arange(block_size)).flatten()[: start + count]
+            contexts.append(
+                write(cache, slot_T, *torch.randn(2, kv_heads, len(slot_T), head_dim).transpose(1, 2))
+            )
+        tokens = tokens_per_tile(heads // kv_heads, torch.float32)
+        tile_X4 = torch.from_numpy(cut_into_tiles(spans, first=first, tokens=tokens))
+        before_THD = out_THD[:first].clone()
+        prompt_attention(q_THD, cache, PromptTiles(tile_X4, table_PN, tokens), block_size, 0.3, out_THD)
+        name = f"prompts, {dtype}, {heads} heads"
+        errors[f"{name}, other rows"] = distance(out_THD[:first], before_THD)
+        parts = zip(q_THD[first:].split(counts), out_THD[first:].split(counts), spans, contexts, strict=True)
+        errors[name] = max(distance(out, causal(q, *kv, start=start)) for q, out, (start, _), kv in parts)
+    return errors
+
+
+def errors_of_fp8() -> dict[str, float]:
+    """Of what is far from one, and what is not finite."""
+    errors = {}
+    for size in (1e-20, 1e-3, 1.0, 1e6, float("nan"), float("inf"), 0.0):
+        x_TGD = torch.randn(6, 3, 16) * (size if 0 < size < float("inf") else 1)
+        if not 0 < size < float("inf"):
+            x_TGD[2, 1, 5:] = size
+        cache = empty_cache(8, 3, 16, E4M3)
+        assert cache.scale_SG2 is not None
+        gpu_kernel.write_cache(x_TGD, -x_TGD, torch.arange(6), cache)
+        for n, (found, truth) in enumerate(((cache.k_SGD, x_TGD), (cache.v_SGD, -x_TGD))):
+            found = fp8.dequantize(found[:6], cache.scale_SG2[:6, :, n], torch.float32)
+            truth = fp8.dequantize(*fp8.quantize(truth), torch.float32)
+            finite_TG, truly_TG = (x.isfinite().all(-1) for x in (found, truth))
+            name = f"FP8, {size} in {'kv'[n]}"
+            errors[f"{name}, not finite"] = float((finite_TG != truly_TG).sum())
+            errors[name] = distance(found[finite_TG], truth[finite_TG]) / max(
+                1e-30, float(truth[finite_TG].abs().max())
             )
     return errors
 
 
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def causal(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, *, start: int) -> Tensor:
+    mask_TS = torch.arange(len(k_SGD)) <= start + torch.arange(len(q_THD))[:, None]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SGD, v_SGD))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, scale=0.3, enable_gqa=True)[
+        0
+    ].transpose(0, 1)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
@@ -133,6 +211,19 @@ def errors_of_gates() -> dict[str, float]:
         wrong_ids = float((id_TK != ids_TK).sum())
         errors[f"gate, {num_experts} experts"] = wrong_ids + float((w_TK - truth_TK).abs().max())
     return errors
+
+
+_CONVERT = interpreter._convert_float
+
+
+def convert(values: Any, of: Any, to: Any, rounding: Any) -> Any:
+    """As the interpreter does, but FP8 as GPUs do: it would round towards zero, and know no NaN."""
+    if tl.float8e4nv not in (of, to):
+        return _CONVERT(values, of, to, rounding)
+    kept = torch.from_numpy(values.copy())
+    if to == tl.float8e4nv:
+        return kept.to(E4M3).view(torch.uint8).numpy()
+    return kept.view(E4M3).float().numpy()
 
 
 def dequantize(packed: Any, low_scale: Any, high_scale: Any) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from experts.tensor_files import TensorFiles
-from router.config import RouterConfig
+from router.config import KVCacheConfig, RouterConfig
 from router.request import Request, SamplingParams
 from router.tokenizer import Tokenizer
 from router.trunk import Trunk
@@ -34,6 +34,7 @@ NUM_SHARDS = 2
 AGREEMENT = 1e-3
 """Largest relative difference between our perplexity in float32 and transformers'."""
 
+FP8 = KVCacheConfig(dtype="fp8_e4m3")
 DEMO = report.ROOT / "configs" / "demo-model"
 HELDOUT = report.ROOT / "tests" / "data" / "heldout.txt"
 
@@ -43,11 +44,17 @@ def windows_of(path: Path, text: Path) -> list[list[int]]:
     return [tokens[start : start + WINDOW] for start in range(0, len(tokens) - WINDOW + 1, WINDOW)]
 
 
-def score_by_engine(path: Path, windows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+def score_by_engine(
+    path: Path,
+    windows: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    *,
+    kv_cache: KVCacheConfig | None = None,
+) -> Tensor:
     """float64 [windows, WINDOW - 1]: the log-probability of every token but the first. dtype: of trunk and wire."""
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
-    config = RouterConfig(max_queue=len(windows))
+    config = RouterConfig(max_queue=len(windows), kv_cache=kv_cache or KVCacheConfig())
     with in_process(path, num_shards=NUM_SHARDS, dtype=dtype, config=config) as server:
         answers = server.run(requests, deadline_s=3600)
     scores = [[one.logprob for one in answers[request.id].prompt_logprobs] for request in requests]
@@ -66,7 +73,12 @@ def score_by_transformers(model: Any, windows: Iterable[Sequence[int]]) -> Tenso
 
 
 def logits_of_engine(
-    path: Path, windows: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device = CPU
+    path: Path,
+    windows: Iterable[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    *,
+    kv_cache: KVCacheConfig | None = None,
 ) -> Iterator[Tensor]:
     """[WINDOW, V] of each window. dtype: of trunk, wire and experts."""
     kept: list[Tensor] = []
@@ -77,9 +89,10 @@ def logits_of_engine(
         return kept[-1]
 
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    config = RouterConfig(kv_cache=kv_cache or KVCacheConfig())
     with (
         patch.object(Trunk, "forward", keep),
-        in_process(path, num_shards=NUM_SHARDS, dtype=dtype, device=device) as server,
+        in_process(path, num_shards=NUM_SHARDS, dtype=dtype, device=device, config=config) as server,
     ):
         for n, window in enumerate(windows):
             server.run([Request(str(n), tuple(window), params)])
@@ -116,6 +129,9 @@ def measure(path: Path, windows: Sequence[Sequence[int]], bf16: Path | None) -> 
             Oracle(path).model, windows
         ),
         "engine, float32": lambda: score_by_engine(path, windows, torch.float32),
+        "engine, float32, FP8 keys and values": lambda: score_by_engine(
+            path, windows, torch.float32, kv_cache=FP8
+        ),
         "engine, bfloat16": lambda: score_by_engine(path, windows, torch.bfloat16),
     }
     if bf16 is not None:

@@ -14,11 +14,12 @@ from experts.fabric.local import LocalFabric
 from experts.fabric.tcp import TcpFabric
 from experts.shard import ExpertShard
 from router.attention import AttentionPlan
+from router.config import KVCacheConfig, RouterConfig
 from router.decode_graphs import DecodeGraphs
 from router.model_config import FAMILIES
 from router.request import Request, SamplingParams
 from router.tokenizer import Tokenizer
-from tests.bench.perplexity import DEMO, HELDOUT, closeness, logits_of_engine, windows_of
+from tests.bench.perplexity import DEMO, FP8, HELDOUT, closeness, logits_of_engine, windows_of
 from tests.families import write_nvfp4
 from tests.in_process import greedy, in_process
 from tests.oracle import Oracle, assert_same_tokens
@@ -85,6 +86,33 @@ def test_bfloat16_is_as_close_as_on_a_cpu() -> None:
     )
     assert torch.cat(same).mean() > 0.98
     assert torch.cat(divergence).mean() < 2e-3
+
+
+def test_fp8_keys_and_values_are_close() -> None:
+    """In bfloat16 too, so a little less than on a CPU in float32."""
+    windows = windows_of(DEMO, HELDOUT)[::30]
+    oracle = Oracle(DEMO)
+    pairs = zip(logits_of_engine(DEMO, windows, torch.bfloat16, GPU, kv_cache=FP8), windows, strict=True)
+    same, divergence = zip(
+        *(closeness(ours.cpu(), oracle.logits(window)) for ours, window in pairs), strict=True
+    )
+    assert torch.cat(same).mean() > 0.96
+    assert torch.cat(divergence).mean() < 8e-3
+
+
+def test_fp8_decodes_in_a_graph_and_holds_twice_as_much() -> None:
+    requests = [greedy(str(n), [n, 5, 6 + n], num_tokens=10 + 4 * n) for n in range(11)]
+    blocks, tokens = {}, []
+    for kv_cache in (KVCacheConfig(), FP8, FP8):
+        config = RouterConfig(kv_cache=kv_cache)
+        with in_process(DEMO, num_shards=2, dtype=torch.bfloat16, device=GPU, config=config) as server:
+            answers = server.run(requests)
+            assert server.engine._graphs
+            assert server.engine._graphs._graphs
+            blocks[kv_cache.dtype] = server.engine.status().num_blocks
+        tokens.append([answers[request.id].tokens for request in requests])
+    assert tokens[1] == tokens[2]
+    assert blocks["fp8_e4m3"] == pytest.approx(blocks["auto"] * 2 * 64 / (64 + 4), rel=0.01)
 
 
 def test_sampling_with_a_seed_does_not_depend_on_company() -> None:

@@ -6,6 +6,7 @@ import torch
 from tests.bench.perplexity import (
     AGREEMENT,
     DEMO,
+    FP8,
     HELDOUT,
     closeness,
     logits_of_engine,
@@ -37,3 +38,10 @@ def test_bfloat16_is_close(oracle: Oracle) -> None:
     same, divergence = zip(*(closeness(ours, oracle.logits(window)) for ours, window in pairs), strict=True)
     assert torch.cat(same).mean() > 0.98
     assert torch.cat(divergence).mean() < 2e-3
+
+
+def test_fp8_keys_and_values_are_close(oracle: Oracle) -> None:
+    pairs = zip(logits_of_engine(DEMO, WINDOWS, torch.float32, kv_cache=FP8), WINDOWS, strict=True)
+    same, divergence = zip(*(closeness(ours, oracle.logits(window)) for ours, window in pairs), strict=True)
+    assert torch.cat(same).mean() > 0.96
+    assert torch.cat(divergence).mean() < 6e-3

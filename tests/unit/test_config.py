@@ -65,6 +65,12 @@ def test_the_endpoint_stays_on_this_machine_unless_told_otherwise(tmp_path: Path
             "applications.0.args.router.stall_limit_s: Input should be a finite number",
         ),
         (
+            "args.router",
+            "kv_cache",
+            {"dtype": "fp8"},
+            "applications.0.args.router.kv_cache.dtype: Input should be 'auto' or 'fp8_e4m3'",
+        ),
+        (
             "args",
             "fleet",
             {"shard_resources": {"GPU": -1}},

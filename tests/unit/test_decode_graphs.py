@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from router.attention import Chunk, plan_attention
 from router.decode_graphs import COARSE, DecodeGraphs, batch_sizes, graphs_of
 from router.kv_cache import BlockTables
+from tests.paged import shape_of
 
 CPU = torch.device("cpu")
+SHAPE = shape_of(4, 2, 8)
 
 
 class Recorded:
@@ -42,7 +44,7 @@ def test_a_batch_is_filled_up_with_its_first_row() -> None:
         assert row is not None
         assert tables.reserve(row, length)
     plan = plan_attention(
-        [Chunk(0, 2, 1), Chunk(1, 5, 1), Chunk(2, 0, 1)], tables, dtype=torch.float32, device=CPU
+        [Chunk(0, 2, 1), Chunk(1, 5, 1), Chunk(2, 0, 1)], tables, shape=SHAPE, dtype=torch.float32, device=CPU
     )
     nothing: Any = None
     trunk: Any = SimpleNamespace(device=CPU)
@@ -68,7 +70,9 @@ def test_a_step_with_a_prompt_does_not_fit() -> None:
     graphs = DecodeGraphs(trunk, nothing, nothing, sizes=[1], max_blocks=4)
     recorded: Any = Recorded(graphs, 1)
     graphs._graphs = {1: (recorded, torch.zeros(1, 2))}
-    assert not graphs.fits(plan_attention([Chunk(0, 0, 6)], tables, dtype=torch.float32, device=CPU))
+    assert not graphs.fits(
+        plan_attention([Chunk(0, 0, 6)], tables, shape=SHAPE, dtype=torch.float32, device=CPU)
+    )
 
 
 def test_there_are_none_on_a_cpu() -> None:

@@ -9,10 +9,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from router.block_pool import BlockPool, extend_keys
 from router.config import KVCacheConfig
 from router.kv_cache import BlockTables, KVCache, left_over, memory_for, num_blocks_for
-from router.model_config import TrunkShape
+from tests.paged import shape_of
 
 CPU = torch.device("cpu")
-SHAPE = TrunkShape(num_layers=2, num_kv_heads=2, head_dim=8, hidden=32, vocab_size=64, max_model_len=128)
+SHAPE = shape_of(4, 2, 8, max_model_len=128)
 
 
 class Tables(RuleBasedStateMachine):
