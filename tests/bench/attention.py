@@ -1,15 +1,17 @@
-"""Attention over a paged cache: ours beside FlashInfer's, in one run.
+"""Attention over a paged cache: ours, in bfloat16 and FP8, beside FlashInfer's and torch's, in one run.
 
     python -m tests.bench.attention [--output FILE]
 
-Decoding: router.gpu_attention beside BatchDecodeWithPagedKVCacheWrapper in its CUDA-graph mode, on its tensor cores. One graph
-has a call for each of several layers, whose caches together do not fit into the L2; blocks lie in any order. Floor: the bytes of
-keys and values over the copy bandwidth measured here. Microseconds of a layer: the median of the replays, with the tenth and the
-ninetieth percentile.
+Decoding: router.gpu_attention beside BatchDecodeWithPagedKVCacheWrapper in its CUDA-graph mode, on its tensor cores. Floor: the
+bytes of bfloat16 keys and values over the copy bandwidth measured here.
 
-Prompts: a chunk of one request, whose keys and values are written to the cache first: PagedAttention (torch's attention, on a copy
-of the context where the chunk does not begin it) beside BatchPrefillWithPagedKVCacheWrapper. Call by call. Floor: the products' FLOPs
-over the rate of an 8192-cubed bfloat16 product.
+Prompts: one chunk of each request, whose keys and values are written to the cache first: PagedAttention beside
+BatchPrefillWithPagedKVCacheWrapper, which is given a written cache, and beside torch's attention by whichever kernel it chooses,
+chunk by chunk, of contexts that lie in one piece, which a paged cache would first have to copy. Floor: the products' FLOPs over
+the rate of an 8192-cubed bfloat16 product.
+
+One CUDA graph has a call for each of several layers; those of decoding have caches that together do not fit into the L2, and
+blocks that lie in any order. Microseconds of a layer: the tenth percentile, the median and the ninetieth of the replays.
 
 B requests, S context tokens, H query heads, G KV heads, D head dim, L layers.
 """
@@ -21,13 +23,16 @@ from typing import Any, NamedTuple
 
 import flashinfer
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from router.attention import AttentionPlan, Chunk, PagedAttention, plan_attention
+from router.attention import Chunk, PagedAttention, plan_attention
+from router.fp8 import E4M3
 from router.gpu_attention import decode_attention
 from router.kv_cache import BlockTables, KVCache
 from router.model_config import TrunkShape
-from tests.bench.moe import GPU, Machine, measure_machine, spread_us, time_calls, time_graph
+from tests.bench.moe import GPU, Machine, measure_machine, spread_us, time_graph
 from tests.bench.report import emit
 
 HEAD_DIM = 128
@@ -35,8 +40,17 @@ BLOCK_SIZE = 16
 HEADS = {"Qwen3-30B-A3B": (32, 4), "Qwen3-235B-A22B": (64, 4), "MiniMax-M2": (48, 8)}
 CONTEXTS = (1024, 8192)
 BATCHES = (1, 8, 64)
-CHUNKS = ((0, 2048), (0, 8192), (6144, 2048))
-"""Of prompts: tokens before, and in, the chunk."""
+PROMPTS = (
+    (1, 0, 2048),
+    (1, 0, 8192),
+    (1, 6144, 2048),
+    (8, 0, 256),
+    (8, 4096, 256),
+    (1, 8000, 64),
+)
+"""How many chunks, tokens before each, tokens of each."""
+
+PROMPT_LAYERS = 4
 
 L2_BYTES = 60e6
 MAX_LAYERS = 48
@@ -44,28 +58,30 @@ WORKSPACE_BYTES = 256 << 20
 
 
 class Paged(NamedTuple):
-    """Caches [L, S, G, D] and the blocks of a batch's contexts. FlashInfer sees the same memory."""
+    """A cache [L, S, G, D] and the blocks of a batch's contexts. FlashInfer sees the same memory."""
 
     cache: KVCache
     tables: BlockTables
+    shape: TrunkShape
     context: int
 
     @classmethod
-    def of(cls, *, kv_heads: int, rows: int, context: int) -> "Paged":
-        bytes_a_layer = rows * context * kv_heads * HEAD_DIM * 2 * 2
-        layers = min(MAX_LAYERS, max(4, math.ceil(5 * L2_BYTES / bytes_a_layer)))
-        shape = TrunkShape(layers, kv_heads, HEAD_DIM, hidden=0, vocab_size=0, max_model_len=0)
-        blocks = rows * context // BLOCK_SIZE
-        tables = BlockTables(num_blocks=blocks, block_size=BLOCK_SIZE, max_requests=rows, max_tokens=context)
-        tables.table_RN[:] = torch.randperm(blocks).view(rows, -1).numpy()
-        cache = KVCache(shape, num_slots=blocks * BLOCK_SIZE, dtype=torch.bfloat16, device=GPU)
-        cache.k.normal_()
-        cache.v.normal_()
-        return cls(cache, tables, context)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.cache.k)
+    def of(
+        cls, heads: tuple[int, int], *, rows: int, context: int, layers: int, dtype: torch.dtype
+    ) -> "Paged":
+        num_heads, kv_heads = heads
+        shape = TrunkShape(layers, num_heads, kv_heads, HEAD_DIM, hidden=0, vocab_size=0, max_model_len=0)
+        per_row = -(-context // BLOCK_SIZE)
+        tables = BlockTables(
+            num_blocks=rows * per_row, block_size=BLOCK_SIZE, max_requests=rows, max_tokens=context
+        )
+        tables.table_RN[:] = torch.randperm(rows * per_row).view(rows, -1).numpy()
+        cache = KVCache(shape, num_slots=rows * per_row * BLOCK_SIZE, dtype=dtype, device=GPU)
+        for kept in (cache.k, cache.v):
+            kept.copy_(torch.randn(kept.shape[1:], device=GPU).expand_as(kept))
+        if cache.scales is not None:
+            cache.scales.fill_(1.0)
+        return cls(cache, tables, shape, context)
 
     def as_pages(self, layer: int) -> tuple[Tensor, Tensor]:
         k, v = (cache[layer].unflatten(0, (-1, BLOCK_SIZE)) for cache in (self.cache.k, self.cache.v))
@@ -76,7 +92,8 @@ class Paged(NamedTuple):
         rows, per_row = self.tables.table_RN.shape
         begin = torch.arange(rows + 1, dtype=torch.int32) * per_row
         pages = torch.from_numpy(self.tables.table_RN).int().flatten()
-        return begin.to(GPU), pages.to(GPU), torch.full((rows,), BLOCK_SIZE, dtype=torch.int32, device=GPU)
+        last = self.context - (per_row - 1) * BLOCK_SIZE
+        return begin.to(GPU), pages.to(GPU), torch.full((rows,), last, dtype=torch.int32, device=GPU)
 
 
 def main() -> None:
@@ -85,35 +102,56 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = measure_machine()
     results: list[dict[str, Any]] = []
-    for model, (heads, kv_heads) in HEADS.items():
+    for model, heads in HEADS.items():
         for context in CONTEXTS:
             for rows in BATCHES:
-                paged = Paged.of(kv_heads=kv_heads, rows=rows, context=context)
-                results.append({"model": model} | decoding(paged, heads, rows, machine))
+                results.append({"model": model} | decoding(heads, rows, context, machine))
                 print(results[-1], flush=True)
-                del paged
-        for before, count in CHUNKS:
-            paged = Paged.of(kv_heads=kv_heads, rows=1, context=before + count)
-            results.append({"model": model} | prompt(paged, heads, before, count, machine))
+        for rows, before, count in PROMPTS:
+            results.append({"model": model} | prompts(heads, rows, before, count, machine))
             print(results[-1], flush=True)
-            del paged
     config = {"head_dim": HEAD_DIM, "block_size": BLOCK_SIZE, "heads": HEADS, "machine": machine._asdict()}
     emit("attention", results, config=config, output=arguments.output)
 
 
-def decoding(paged: Paged, heads: int, rows: int, machine: Machine) -> dict[str, Any]:
-    kv_heads, scale = paged.cache.k.shape[2], HEAD_DIM**-0.5
-    q_LBHD = torch.randn(paged.num_layers, rows, heads, HEAD_DIM, device=GPU).to(torch.bfloat16)
-    chunks = [Chunk(row, paged.context - 1, 1) for row in range(rows)]
-    plan = plan_attention(chunks, paged.tables, dtype=torch.bfloat16, device=GPU)
-    our_LBHD, their_LBHD = torch.empty_like(q_LBHD), torch.empty_like(q_LBHD)
+def decoding(heads: tuple[int, int], rows: int, context: int, machine: Machine) -> dict[str, Any]:
+    num_heads, kv_heads = heads
+    bytes_a_layer = rows * context * kv_heads * HEAD_DIM * 2 * 2
+    layers = min(MAX_LAYERS, max(4, math.ceil(5 * L2_BYTES / bytes_a_layer)))
+    q_LBHD = torch.randn(layers, rows, num_heads, HEAD_DIM, device=GPU).to(torch.bfloat16)
+    ours, theirs = torch.empty_like(q_LBHD), torch.empty_like(q_LBHD)
+    in_fp8, paged = (
+        Paged.of(heads, rows=rows, context=context, layers=layers, dtype=dtype)
+        for dtype in (E4M3, torch.bfloat16)
+    )
+    times = {
+        "ours_fp8": time_graph(_our_decoding(in_fp8, q_LBHD, ours)),
+        "ours": time_graph(_our_decoding(paged, q_LBHD, ours)),
+        "flashinfer": time_graph(_their_decoding(paged, q_LBHD, theirs)),
+    }
+    return {
+        "context": context,
+        "batch": rows,
+        "layers": layers,
+        "floor_us": round(bytes_a_layer / machine.bandwidth * 1e6, 1),
+        "difference": relative(ours, theirs),
+        **{name: spread_us([each / layers for each in of]) for name, of in times.items()},
+    }
 
-    def ours() -> None:
-        for layer, (q_BHD, out_BHD) in enumerate(zip(q_LBHD, our_LBHD, strict=True)):
-            k_SGD, v_SGD = paged.cache.k[layer], paged.cache.v[layer]
-            lists = (plan.table_BN, plan.length_B, BLOCK_SIZE)
-            decode_attention(q_BHD, k_SGD, v_SGD, *lists, scale, out_BHD)
 
+def _our_decoding(paged: Paged, q_LBHD: Tensor, out_LBHD: Tensor) -> Callable[[], None]:
+    chunks = [Chunk(row, paged.context - 1, 1) for row in range(q_LBHD.shape[1])]
+    plan = plan_attention(chunks, paged.tables, shape=paged.shape, dtype=torch.bfloat16, device=GPU)
+
+    def all_layers() -> None:
+        for layer, (q_BHD, out_BHD) in enumerate(zip(q_LBHD, out_LBHD, strict=True)):
+            context = (plan.table_BN, plan.length_B, BLOCK_SIZE)
+            decode_attention(q_BHD, paged.cache.layer(layer), *context, HEAD_DIM**-0.5, out_BHD)
+
+    return all_layers
+
+
+def _their_decoding(paged: Paged, q_LBHD: Tensor, out_LBHD: Tensor) -> Callable[[], None]:
     begin, pages, last = paged.page_lists()
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=GPU),
@@ -124,60 +162,90 @@ def decoding(paged: Paged, heads: int, rows: int, machine: Machine) -> dict[str,
         paged_kv_indices_buffer=pages.clone(),
         paged_kv_last_page_len_buffer=last.clone(),
     )
-    sizes = (heads, kv_heads, HEAD_DIM, BLOCK_SIZE)
+    sizes = (paged.shape.num_heads, paged.shape.num_kv_heads, HEAD_DIM, BLOCK_SIZE)
     wrapper.plan(begin, pages, last, *sizes, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
 
-    def theirs() -> None:
-        for layer, (q_BHD, out_BHD) in enumerate(zip(q_LBHD, their_LBHD, strict=True)):
+    def all_layers() -> None:
+        for layer, (q_BHD, out_BHD) in enumerate(zip(q_LBHD, out_LBHD, strict=True)):
             wrapper.run(q_BHD, paged.as_pages(layer), out=out_BHD)
 
-    times = {"ours": time_graph(ours), "flashinfer": time_graph(theirs)}
-    floor_s = rows * paged.context * kv_heads * HEAD_DIM * 2 * 2 / machine.bandwidth
+    return all_layers
+
+
+def prompts(heads: tuple[int, int], rows: int, before: int, count: int, machine: Machine) -> dict[str, Any]:
+    num_heads, kv_heads = heads
+    q_HTD, k_GTD, v_GTD = (
+        torch.randn(rows * count, of, HEAD_DIM, device=GPU).to(torch.bfloat16).transpose(0, 1)
+        for of in (num_heads, kv_heads, kv_heads)
+    )
+    in_fp8, paged = (
+        Paged.of(heads, rows=rows, context=before + count, layers=PROMPT_LAYERS, dtype=dtype)
+        for dtype in (E4M3, torch.bfloat16)
+    )
+    ways = {
+        "ours_fp8": _our_prompts(in_fp8, before, q_HTD, k_GTD, v_GTD),
+        "ours": _our_prompts(paged, before, q_HTD, k_GTD, v_GTD),
+        "flashinfer": _their_prompts(paged, count, q_HTD),
+        "torch": _torch_prompts(heads, rows, before, count),
+    }
+    ours, theirs = (ways[name](0) for name in ("ours", "flashinfer"))  # ours first: it writes what both read
+    times = {
+        name: time_graph(lambda way=way: [way(n) for n in range(PROMPT_LAYERS)]) for name, way in ways.items()
+    }
+    seen = rows * (count * before + count * (count + 1) / 2)
     return {
-        "context": paged.context,
-        "batch": rows,
-        "layers": paged.num_layers,
-        "floor_us": round(floor_s * 1e6, 1),
-        "difference": relative(our_LBHD, their_LBHD),
-        **{name: spread_us([each / paged.num_layers for each in of]) for name, of in times.items()},
+        "chunks": rows,
+        "context": before + count,
+        "chunk": count,
+        "floor_us": round(4 * seen * num_heads * HEAD_DIM / machine.flops * 1e6, 1),
+        "difference": relative(ours, theirs),
+        **{name: spread_us([each / PROMPT_LAYERS for each in of]) for name, of in times.items()},
     }
 
 
-def prompt(paged: Paged, heads: int, before: int, count: int, machine: Machine) -> dict[str, Any]:
-    kv_heads, scale = paged.cache.k.shape[2], HEAD_DIM**-0.5
-    q_HTD, k_GTD, v_GTD = (
-        torch.randn(count, of, HEAD_DIM, device=GPU).to(torch.bfloat16).transpose(0, 1)
-        for of in (heads, kv_heads, kv_heads)
-    )
+def _our_prompts(
+    paged: Paged, before: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor
+) -> Callable[[int], Tensor]:
+    chunks = [Chunk(row, before, paged.context - before) for row in range(len(paged.tables.table_RN))]
     attention = PagedAttention(paged.cache, block_size=BLOCK_SIZE)
-    chunk = Chunk(0, before, count)
-    plan: AttentionPlan = plan_attention([chunk], paged.tables, dtype=torch.bfloat16, device=GPU)
-    attention.plan = plan
+    attention.plan = plan_attention(chunks, paged.tables, shape=paged.shape, dtype=torch.bfloat16, device=GPU)
+    return lambda layer: attention.forward(layer, q_HTD, k_GTD, v_GTD, scale=HEAD_DIM**-0.5)
+
+
+def _their_prompts(paged: Paged, count: int, q_HTD: Tensor) -> Callable[[int], Tensor]:
     begin, pages, last = paged.page_lists()
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
         torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=GPU), "NHD"
     )
     wrapper.plan(
-        torch.tensor([0, count], dtype=torch.int32, device=GPU),
-        *(begin, pages, last, heads, kv_heads, HEAD_DIM, BLOCK_SIZE),
+        torch.arange(len(last) + 1, dtype=torch.int32, device=GPU) * count,
+        *(begin, pages, last, paged.shape.num_heads, paged.shape.num_kv_heads, HEAD_DIM, BLOCK_SIZE),
         causal=True,
         q_data_type=torch.bfloat16,
         kv_data_type=torch.bfloat16,
     )
     q_THD = q_HTD.transpose(0, 1).contiguous()
-    ways: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: attention.forward(0, q_HTD, k_GTD, v_GTD, scale=scale),
-        "flashinfer": lambda: wrapper.run(q_THD, paged.as_pages(0)),
-    }
-    outputs = [way() for way in ways.values()]  # ours first: it writes what both then read
-    seen = count * before + count * (count + 1) / 2
-    return {
-        "context": before + count,
-        "chunk": count,
-        "floor_us": round(4 * seen * heads * HEAD_DIM / machine.flops * 1e6, 1),
-        "difference": relative(*outputs),
-        **{name: spread_us(time_calls(way)) for name, way in ways.items()},
-    }
+    return lambda layer: wrapper.run(q_THD, paged.as_pages(layer))
+
+
+def _torch_prompts(heads: tuple[int, int], rows: int, before: int, count: int) -> Callable[[int], Tensor]:
+    num_heads, kv_heads = heads
+    q, k, v = (
+        torch.randn(PROMPT_LAYERS, rows, of, tokens, HEAD_DIM, device=GPU).to(torch.bfloat16)
+        for of, tokens in ((num_heads, count), (kv_heads, before + count), (kv_heads, before + count))
+    )
+    causal: dict[str, Any] = (
+        {"attn_mask": causal_lower_right(count, before + count)} if before else {"is_causal": True}
+    )
+
+    def layer_of(layer: int) -> Tensor:
+        one_by_one = zip(*(x[layer].split(1) for x in (q, k, v)), strict=True)
+        outs = [
+            F.scaled_dot_product_attention(q1, k1, v1, enable_gqa=True, **causal) for q1, k1, v1 in one_by_one
+        ]
+        return outs[-1]
+
+    return layer_of
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
