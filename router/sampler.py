@@ -179,7 +179,7 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     logits_RV = _keep_min_p(logits_RV, [p.min_p for p in params])
     logits_RV = _keep_top_k(logits_RV, [p.top_k for p in params])
     weights_RV = ((logits_RV - logits_RV.amax(dim=-1, keepdim=True)).exp() * 2.0**32).round()
-    weights_RV = _keep_top_p(weights_RV, [p.top_p for p in params])
+    weights_RV = _keep_top_p(weights_RV, [p.top_p for p in params], [p.top_k for p in params])
     sums_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
     noise_R1 = _column([uniform(row.seed, len(row.tokens) - row.num_prompt) for row in rows], sums_RV)
     drawn_R1 = torch.searchsorted(sums_RV, noise_R1 * sums_RV[:, -1:], right=True)
@@ -205,18 +205,28 @@ def _keep_top_k(logits_RV: Tensor, top_k: Sequence[int]) -> Tensor:
     return logits_RV.masked_fill((k_R1 > 0) & (logits_RV < kth_R1), -torch.inf)
 
 
-def _keep_top_p(weights_RV: Tensor, top_p: Sequence[float]) -> Tensor:
+def _keep_top_p(weights_RV: Tensor, top_p: Sequence[float], top_k: Sequence[int]) -> Tensor:
     """Keeps a token if those before it, likeliest first and lower ids first among equals, weigh less than top_p of
-    all; others become 0. Sorts only the rows that ask."""
+    all; others become 0. top_k: already applied; where all rows that ask have one, no vocabulary is sorted."""
     nucleus = [r for r, p in enumerate(top_p) if p < 1]
     if not nucleus:
         return weights_RV
     index = _tensor(nucleus, weights_RV)
-    sorted_RV, order_RV = weights_RV[index].sort(dim=-1, descending=True, stable=True)
-    sums_RV = sorted_RV.cumsum(dim=-1, dtype=torch.float64)
-    bound_R1 = _column([top_p[r] for r in nucleus], sums_RV) * sums_RV[:, -1:]
-    sorted_RV = sorted_RV.masked_fill(sums_RV - sorted_RV >= bound_R1, 0)
-    return weights_RV.index_copy(0, index, torch.zeros_like(sorted_RV).scatter(1, order_RV, sorted_RV))
+    asking_RV = weights_RV[index]
+    vocabulary = asking_RV.shape[1]
+    likeliest_Rk = asking_RV.topk(max(min(top_k[r] or vocabulary, vocabulary) for r in nucleus)).values
+    sums_Rk = likeliest_Rk.cumsum(dim=-1, dtype=torch.float64)
+    bound_R1 = asking_RV.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    bound_R1 *= _column([top_p[r] for r in nucleus], sums_Rk)
+    num_kept_R1 = (sums_Rk - likeliest_Rk < bound_R1).sum(dim=-1, keepdim=True)
+    least_R1 = likeliest_Rk.gather(1, (num_kept_R1 - 1).clamp(min=0))
+    # More tokens than one may weigh as little as the least that is kept, also beyond the k-th.
+    num_above_R1 = (likeliest_Rk > least_R1).sum(dim=-1, keepdim=True)
+    above_R1 = sums_Rk.gather(1, (num_above_R1 - 1).clamp(min=0)).masked_fill(num_above_R1 == 0, 0)
+    num_least_R1 = ((bound_R1 - above_R1) / least_R1).ceil()
+    is_least_RV = asking_RV == least_R1
+    kept_RV = (asking_RV > least_R1) | (is_least_RV & (is_least_RV.cumsum(dim=-1) <= num_least_R1))
+    return weights_RV.index_copy(0, index, asking_RV.masked_fill(~kept_RV, 0))
 
 
 def _logprobs(logits_NV: Tensor, token_N: Tensor, *, num_top: int) -> list[Tensor]:

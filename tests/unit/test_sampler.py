@@ -256,6 +256,10 @@ def test_top_p_takes_the_lowest_ids_of_equal_tokens() -> None:
     assert kept_tokens(torch.zeros(10), SamplingParams(top_p=0.25)) == {0, 1, 2}
 
 
+def test_top_p_counts_the_tokens_that_tie_with_the_kth() -> None:
+    assert kept_tokens(torch.zeros(10), SamplingParams(top_k=3, top_p=0.75)) == set(range(8))
+
+
 def test_top_k_keeps_ties() -> None:
     assert kept_tokens(torch.tensor([1.0, 0, 1, 1]), SamplingParams(top_k=1)) == {0, 2, 3}
 
