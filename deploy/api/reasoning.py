@@ -33,8 +33,9 @@ class ReasoningReader:
 
     def flush(self) -> list[Part]:
         held, self._held = self._held, ""
-        if self._read == self._within or (self._read == self._before and self._is_open):
-            thought = held.strip("\n")
+        unopened = self._read == self._before and self._is_open
+        if unopened or self._read == self._within:
+            thought = (held.lstrip("\n") if unopened else held).rstrip("\n")
             return [Reasoning(thought)] if thought else []
         return [Content(held)] if held else []
 

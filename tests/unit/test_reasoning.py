@@ -40,6 +40,7 @@ def test_pieces_join_to_what_the_whole_text_says(
         ("hm\n</think>\n\nyes", True, [Reasoning("hm"), Content("yes")]),
         ("<think>\n\n</think>\n\nyes", False, [Content("yes")]),
         ("<think>hm", False, [Reasoning("hm")]),
+        ("<think>hm\n<", False, [Reasoning("hm\n<")]),
         ("say <think>", False, [Content("say <think>")]),
         (
             "<think>a</think>say </think> and <think>",
@@ -49,7 +50,17 @@ def test_pieces_join_to_what_the_whole_text_says(
         ("\n<thin", False, [Content("\n<thin")]),
         ("", True, []),
     ],
-    ids=["thinks", "prompt thinks", "thinks nothing", "cut", "later", "once", "a beginning", "nothing"],
+    ids=[
+        "thinks",
+        "prompt thinks",
+        "thinks nothing",
+        "cut",
+        "cut in a line",
+        "later",
+        "once",
+        "a beginning",
+        "nothing",
+    ],
 )
 def test_reasoning(text: str, is_open: bool, expected: list[Part]) -> None:
     assert read(ReasoningReader(is_open=is_open), [text]) == expected
