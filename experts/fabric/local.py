@@ -11,12 +11,12 @@ from experts.shard import ExpertShard
 
 
 class LocalFabric:
-    """Shards answer in `dispatch`, one after the other, each in its own dtype. What a forward raises comes out as it is."""
+    """Shards answer in `combine`, one after the other, each in its own dtype. What a forward raises comes out as it is."""
 
     def __init__(self, shards: Sequence[ExpertShard]) -> None:
         self._shards = tuple(shards)
         self.in_graph = all(shard.in_graph for shard in shards)
-        self._partials: list[Tensor] = []
+        self._sent: tuple[Tensor, Tensor, Tensor] | None = None
         self._aborted: str | None = None
         self._closed = False
 
@@ -30,12 +30,17 @@ class LocalFabric:
 
     def dispatch(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Ticket:
         self._check()
-        self._partials = [_partial(shard, layer, x_TD, phys_TK, w_TK) for shard in self._shards]
+        self._sent = x_TD, phys_TK, w_TK
         return Ticket(layer=layer, rows=x_TD.shape[0])
 
     def combine(self, ticket: Ticket, out_TD: Tensor) -> None:
         self._check()
-        sum_TD, *others = self._partials
+        assert self._sent is not None
+        (x_TD, *routing), self._sent = self._sent, None
+        if len(self._shards) == 1 and _like(out_TD, x_TD) and x_TD.dtype == self._shards[0].dtype:
+            self._shards[0].forward(ticket.layer, x_TD, *routing, out_TD=out_TD)
+            return
+        sum_TD, *others = (_partial(shard, ticket.layer, x_TD, *routing) for shard in self._shards)
         for partial_TD in others:
             sum_TD = sum_TD.float() + partial_TD
         out_TD.copy_(sum_TD)
@@ -61,6 +66,11 @@ def _partial(shard: ExpertShard, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK
     partial_TD = torch.empty_like(x_TD)
     shard.forward(layer, x_TD, phys_TK, w_TK, out_TD=partial_TD)
     return partial_TD
+
+
+def _like(out_TD: Tensor, x_TD: Tensor) -> bool:
+    """Whether a shard may write its sums into the caller's tensor."""
+    return out_TD.dtype == x_TD.dtype and out_TD.device == x_TD.device and out_TD.is_contiguous()
 
 
 def local_membership(placement: ExpertPlacement, *, epoch: int = 1) -> Membership:

@@ -60,3 +60,14 @@ def test_after_abort_every_call_raises_until_connect_and_after_close_for_ever() 
     fabric.close()
     with pytest.raises(Aborted, match="the fabric is closed"):
         fabric.connect(MEMBERS, timeout_s=1)
+
+
+def test_one_shard_of_the_same_dtype_writes_into_the_callers_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,) = shards_of(DEMO, 1, "torch", torch.float32, CPU)
+    fabric, x_TD = LocalFabric([shard]), rows(torch.float32)
+    fabric.connect(local_membership(placement_of(DEMO, 1)), timeout_s=1)
+    out_TD, written = torch.empty_like(x_TD), []
+    monkeypatch.setattr(shard, "forward", lambda *args, out_TD: written.append(out_TD))
+    fabric.combine(fabric.dispatch(0, x_TD, IDS_TK, W_TK), out_TD)
+    assert len(written) == 1
+    assert written[0] is out_TD
