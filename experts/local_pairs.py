@@ -31,7 +31,7 @@ class LocalPairs(Protocol):
     in_graph: bool = False
 
     def local(self, phys_TK: Tensor) -> Tensor:
-        """[T, K] local slots, EMPTY where an id is not ours. Counted; waits for no device."""
+        """[T, K] what the backend takes: local slots, EMPTY where an id is not ours. Counted; waits for no device."""
         ...
 
     def totals(self) -> Tensor:

@@ -38,7 +38,9 @@ class ExpertShard:
         self.first_slot = rank * slots_per_rank
         self.slots_per_rank = slots_per_rank
         self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device, settings)
-        self._pairs = local_pairs(first_slot=self.first_slot, num_slots=slots_per_rank, device=device)
+        self._pairs = self._backend.take_physical(self.first_slot) or local_pairs(
+            first_slot=self.first_slot, num_slots=slots_per_rank, device=device
+        )
         self._one_forward = threading.Lock()
         self.in_graph = self._backend.in_graph and self._pairs.in_graph
         self._moe_layers = frozenset(shape.moe_layers)

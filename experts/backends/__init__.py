@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experts.backends.b12x_layout import Scales
 from experts.config import ExpertsConfig
+from experts.local_pairs import LocalPairs
 from experts.progress import Progress
 from experts.weights import ExpertWeights, MoEShape
 
@@ -52,6 +53,13 @@ class ExpertBackend(Protocol):
         w_TK: float32 top-k weights. Accumulates in float32.
         """
         ...
+
+    def take_physical(self, first_slot: int) -> LocalPairs | None:
+        """For a backend whose kernels find and count the local pairs themselves; most do not.
+
+        From then on `forward` gets, in place of local slots, physical ids: those of slots follow first_slot.
+        """
+        return None
 
     def warm(self, *, top_k: int) -> Iterable[Progress]:
         """Compile and set up what forwards with this top_k need, step by step; most backends need nothing.

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from experts.backends import ExpertBackend, triton_kernels
+from experts.local_pairs import LocalPairs
 from experts.nvfp4 import GROUP
 from experts.progress import Progress
 from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
@@ -63,6 +64,12 @@ class TritonBackend(ExpertBackend):
         self._layers = {layer: Layer(shape, num_slots, device) for layer in shape.moe_layers}
         self._num_lists = triton.next_power_of_2(num_slots)
         self._counts_e = torch.zeros(1 + self._num_lists, dtype=torch.int32, device=device)
+        self._total = torch.zeros(2, dtype=torch.int64, device=device)
+        self._first_slot = 0
+
+    def take_physical(self, first_slot: int) -> LocalPairs:
+        self._first_slot = first_slot
+        return CountedPairs(self._total)
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._layers[layer].write(slot, weights)
@@ -82,7 +89,8 @@ class TritonBackend(ExpertBackend):
 
         moved = {"D": sizes["D"], "BLOCK_D": min(MOVED, triton.next_power_of_2(sizes["D"]))}
         kernels.arrange[(num_tokens,)](
-            *(x_TD, local_TK, self._counts_e, *lists, arranged_TD),
+            *(x_TD, local_TK, self._first_slot, self._num_slots),
+            *(self._counts_e, self._total, *lists, arranged_TD),
             TOP_K=top_k,
             LANES=triton.next_power_of_2(top_k),
             NUM_LISTS=self._num_lists,
@@ -99,7 +107,7 @@ class TritonBackend(ExpertBackend):
             **(sizes | down.options()),
         )
         kernels.combine[(num_tokens, triton.cdiv(sizes["D"], moved["BLOCK_D"]))](
-            y_PD, local_TK, out_TD, TOP_K=top_k, **moved
+            *(y_PD, local_TK, self._first_slot, self._num_slots, out_TD), TOP_K=top_k, **moved
         )
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
@@ -157,6 +165,21 @@ class Matrix(NamedTuple):
         half = num_inputs // 2
         sizes = (num_slots, num_outputs, half), (num_slots, num_outputs, half // GROUP, 2)
         return cls(*(torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes))
+
+
+class CountedPairs(LocalPairs):
+    """`arrange` finds and counts them. total: int64 [2], PairCounts."""
+
+    in_graph = True
+
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
+
+    def local(self, phys_TK: Tensor) -> Tensor:
+        return phys_TK.contiguous()
+
+    def totals(self) -> Tensor:
+        return self._total.clone()
 
 
 class Layer:

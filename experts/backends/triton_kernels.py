@@ -37,11 +37,14 @@ _DEQUANTIZE = tl.constexpr("""{
 also where bfloat16 is subnormal. The product with scale * 2^118 is exact. $0, $1: inputs j to j + 3; $2, $3: J + j on."""
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["first_slot", "num_slots", "num_pairs"])
 def arrange(
     x_TD,
-    slot_TK,
+    id_TK,
+    first_slot,
+    num_slots,
     counts_e,
+    total,
     pair_eP,
     num_pairs,
     blocks_B4,
@@ -56,7 +59,8 @@ def arrange(
 ):
     """Of one token: its inputs in the order of positions, its pairs at the end of their experts' lists.
 
-    The program that is last cuts the lists into blocks of (slot, first pair of the list, number of rows, first row of R).
+    The program that is last cuts the lists into blocks of (slot, first pair of the list, number of rows, first row of R), and
+    adds the pairs, and the experts that have some, to the totals.
     counts_e: zeros [1 + e], the first for the programs that are done; zeros again at the end. Atomic additions give the
     places in a list, so they may differ from run to run; no result depends on them. LANES: a power of 2, at least TOP_K.
     """
@@ -66,16 +70,17 @@ def arrange(
         x_D = tl.load(x_TD + token.to(tl.int64) * D + _input(d, D // 2), mask=d < D)
         tl.store(arranged_TD + token.to(tl.int64) * D + d, x_D, mask=d < D)
     k = tl.arange(0, LANES)
-    slot = tl.load(slot_TK + token * TOP_K + k, mask=k < TOP_K, other=-1)
-    at = tl.atomic_add(counts_e + 1 + slot, 1, mask=slot >= 0)
-    tl.store(pair_eP + slot.to(tl.int64) * num_pairs + at, token * TOP_K + k, mask=slot >= 0)
+    slot = tl.load(id_TK + token * TOP_K + k, mask=k < TOP_K, other=-1) - first_slot
+    ours = (slot >= 0) & (slot < num_slots) & (k < TOP_K)
+    at = tl.atomic_add(counts_e + 1 + slot, 1, mask=ours)
+    tl.store(pair_eP + slot.to(tl.int64) * num_pairs + at, token * TOP_K + k, mask=ours)
     tl.debug_barrier()
     if tl.atomic_add(counts_e, 1) == tl.num_programs(0) - 1:
-        _cut(counts_e, blocks_B4, num_blocks, NUM_LISTS, BLOCK_R)
+        _cut(counts_e, total, blocks_B4, num_blocks, NUM_LISTS, BLOCK_R)
 
 
 @triton.jit
-def _cut(counts_e, blocks_B4, num_blocks, NUM_LISTS: tl.constexpr, BLOCK_R: tl.constexpr):
+def _cut(counts_e, total, blocks_B4, num_blocks, NUM_LISTS: tl.constexpr, BLOCK_R: tl.constexpr):
     slot_e = tl.arange(0, NUM_LISTS)
     count_e = tl.load(counts_e + 1 + slot_e, volatile=True)
     start_e = tl.cumsum(count_e) - count_e
@@ -85,6 +90,8 @@ def _cut(counts_e, blocks_B4, num_blocks, NUM_LISTS: tl.constexpr, BLOCK_R: tl.c
     tl.store(counts_e, 0)
     tl.store(counts_e + 1 + slot_e, 0)
     tl.store(num_blocks, tl.sum(cut_e))
+    tl.store(total, tl.load(total) + tl.sum(count_e))
+    tl.store(total + 1, tl.load(total + 1) + tl.sum((count_e > 0).to(tl.int32)))
     for n in range(0, tl.max(cut_e)):
         at = blocks_B4 + 4 * (block_e + n)
         here = n < cut_e
@@ -185,15 +192,18 @@ def down(
         tl.store(at_R[None, :] + n[:, None], y.to(y_PD.dtype.element_ty), mask=(r < num_rows)[None, :])
 
 
-@triton.jit
-def combine(y_PD, slot_P, out_TD, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["first_slot", "num_slots"])
+def combine(
+    y_PD, id_P, first_slot, num_slots, out_TD, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """out = the sum of a token's local pairs, in the order of its top-k."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        end = tl.where(tl.load(slot_P + pair) >= 0, D, 0)
+        slot = tl.load(id_P + pair) - first_slot
+        end = tl.where((slot >= 0) & (slot < num_slots), D, 0)
         sum_D += tl.load(y_PD + pair * D + d, mask=d < end, other=0.0)
     tl.store(out_TD + token * D + d, sum_D.to(out_TD.dtype.element_ty), mask=d < D)
 
@@ -224,7 +234,8 @@ def _product(
     products of 16 rows and more become, would tear the words of four bytes apart there; as its right operand weights go
     through shared memory.
     """
-    GROUPS: tl.constexpr = BLOCK_J // 16
+    SQUARE: tl.constexpr = 64 if J % 64 == 0 else 32
+    GROUPS: tl.constexpr = max(BLOCK_J, SQUARE) // 16
     j = tl.arange(0, BLOCK_J)
     packed_NJ = packed_eNJ + at_N[:, None] * J + j[None, :]
     scale_Ng = scale_eNGh + at_N[:, None] * (J // 8) + tl.arange(0, 2 * GROUPS)[None, :]
@@ -239,7 +250,7 @@ def _product(
     for at in tl.range(0, J, BLOCK_J, num_stages=STAGES):
         x_low = tl.load(x + at, mask=here, other=0.0)
         x_high = tl.load(x + (J + at), mask=here, other=0.0)
-        scale = tl.load(scale_Ng + at // 8).to(tl.int32) << 20
+        scale = tl.load(scale_Ng + at // SQUARE * (SQUARE // 8)).to(tl.int32) << 20
         scale = (scale.to(tl.float32, bitcast=True) * TWO_119 * TWO_119).to(tl.bfloat16)
         low_Ng, high_Ng = tl.split(tl.reshape(scale, (BLOCK_N, GROUPS, 2)))
         low_NJ, high_NJ = dequantize(
@@ -265,12 +276,13 @@ def _input(p, J: tl.constexpr):
 
 @triton.jit
 def _each(scale_Ng, J: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The scale of each position."""
+    """The scale of each position. Half a square has all of its groups."""
     SIDE: tl.constexpr = 4 if J % 64 == 0 else 2
-    squares: tl.constexpr = BLOCK_J // (16 * SIDE)
+    squares: tl.constexpr = max(BLOCK_J // (16 * SIDE), 1)
+    chunks: tl.constexpr = min(BLOCK_J // 16, SIDE)
     N: tl.constexpr = scale_Ng.shape[0]
     scale = tl.reshape(scale_Ng, (N, squares, 1, SIDE, 1))
-    return tl.reshape(tl.broadcast_to(scale, (N, squares, SIDE, SIDE, 16 // SIDE)), (N, BLOCK_J))
+    return tl.reshape(tl.broadcast_to(scale, (N, squares, chunks, SIDE, 16 // SIDE)), (N, BLOCK_J))
 
 
 @triton.jit
