@@ -5,14 +5,15 @@ T rows of a step, D hidden, E experts, K top-k, H query heads, G KV heads, d hea
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router import gpu_kernel
+from router import gpu_kernel, gpu_product
 from router.attention import PagedAttention, current_attention, set_attention
 
 ROWS = 4
@@ -20,6 +21,14 @@ ROWS = 4
 
 NEAR = 0.03
 """Relative to the norm: theirs rounds to bfloat16 more often."""
+
+
+def fuse_products(model: nn.Module) -> None:
+    """Those of one row, and of a few rows by a small matrix, in a kernel that is quicker than a library's."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            bias = None if module.bias is None else module.bias.detach()
+            cast(Any, module).forward = partial(gpu_product.linear, module.weight.detach(), bias)
 
 
 @torch.no_grad()
@@ -49,7 +58,7 @@ def _gate(
     weight_ED: Tensor, top_k: int, dtype: torch.dtype, divides: bool, x_TD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, weights, rounded to the dtype of theirs but float32, and ids."""
-    logits_TE = F.linear(x_TD.reshape(-1, weight_ED.shape[1]), weight_ED)
+    logits_TE = gpu_product.linear(weight_ED, None, x_TD.reshape(-1, weight_ED.shape[1]))
     return logits_TE, *gpu_kernel.softmax_top_k(logits_TE, top_k, rounded_to=dtype, divided=divides)
 
 
@@ -95,7 +104,8 @@ class _Attention:
     ) -> tuple[Tensor, None]:
         """hidden_states: [1, T, D]; cos and sin: [1, T, rotated features]."""
         heads, kv_heads = self._num_heads, self._num_kv_heads
-        x_TXd = F.linear(hidden_states[0], self._weight, self._bias).unflatten(-1, (-1, self._head_dim))
+        x_TX = gpu_product.linear(self._weight, self._bias, hidden_states[0])
+        x_TXd = x_TX.unflatten(-1, (-1, self._head_dim))
         q_THd, k_TGd, v_TGd = x_TXd.split([heads, kv_heads, kv_heads], dim=1)
         cos_1TR, sin_1TR = position_embeddings
         q_THd, k_TGd = gpu_kernel.rotate_halves(q_THd, k_TGd, cos_1TR[0], sin_1TR[0], norms=self._norms)
@@ -140,6 +150,83 @@ def _same(theirs: Callable[..., Any], ours: Callable[..., Any], module: Any) -> 
 def _rotary_factor(module: Any) -> float:
     parameters = getattr(module.config, "rope_parameters", None) or {}
     return parameters.get("partial_rotary_factor", 1.0)
+
+
+@torch.no_grad()
+def fuse_layers(model: nn.Module) -> None:
+    """Each sum and the norm that reads it in one kernel, where all layers only add what two parts make of norms."""
+    for module in model.modules():
+        layers, last = module._modules.get("layers"), module._modules.get("norm")
+        if not isinstance(layers, nn.ModuleList) or not all(map(_adds_two_parts, layers)):
+            continue
+        firsts = [_Norm(norm) for norm in (*(cast(Any, layer).input_layernorm for layer in layers), last)]
+        seconds = [_Norm(cast(Any, layer).post_attention_layernorm) for layer in layers]
+        norms = [(*pair, second) for pair, second in zip(pairwise(firsts), seconds, strict=True)]
+        if all(map(_same_sums, layers, norms)):
+            for norm in firsts + seconds:
+                norm.module.forward = norm.forward
+            for layer, its in zip(layers, norms, strict=True):
+                layer.forward = partial(_layer, cast(Any, layer), its)
+
+
+class _Norm:
+    """An RMSNorm that may have been made with the sum that it reads."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._weight_D, self._eps = module.weight.detach(), module.variance_epsilon
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def of_sum(self, x: Tensor, more: Tensor) -> Tensor:
+        """x + more, whose norm is made as well and kept until it is asked for."""
+        self._made = gpu_kernel.add_rms_norm(x, more, self._weight_D, self._eps)
+        return self._made[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, self._made = self._made, None
+        if made is not None and made[0] is x:
+            return made[1]
+        return gpu_kernel.rms_norm(x, self._weight_D, self._eps)
+
+
+def _layer(parts: Any, norms: tuple[_Norm, _Norm, _Norm], hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """norms: of the input, of the output, which is the next layer's, and between. kwargs: the attention's."""
+    before, after, between = norms
+    x_1TD, _ = parts.self_attn(hidden_states=before.forward(hidden_states), **kwargs)
+    sum_1TD = between.of_sum(hidden_states, x_1TD)
+    return after.of_sum(sum_1TD, parts.mlp(between.forward(sum_1TD)))
+
+
+def _adds_two_parts(layer: nn.Module) -> bool:
+    """By the names of what it has."""
+    return layer._modules.keys() == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+class _Turned(nn.Module):
+    """A part that only turns features around."""
+
+    def __init__(self, *more: None) -> None:
+        """more: what it returns besides."""
+        super().__init__()
+        self._more = more
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        turned = hidden_states.flip(-1)
+        return (turned, *self._more) if self._more else turned
+
+
+def _same_sums(layer: nn.Module, norms: tuple[_Norm, _Norm, _Norm]) -> bool:
+    """Whether both give the same output and next norm, with parts that only turn features around."""
+    alike: Any = copy(layer)
+    alike._modules = layer._modules | {"self_attn": _Turned(None), "mlp": _Turned()}
+    weight_D = norms[0].module.weight
+    x_1TD = torch.randn(1, ROWS, len(weight_D), dtype=weight_D.dtype, device=weight_D.device)
+    try:
+        their_1TD = alike.forward(x_1TD, position_embeddings=None)
+    except (TypeError, AttributeError):  # it wants or has more
+        return False
+    our_1TD = _layer(alike, norms, x_1TD, position_embeddings=None)
+    return _near(our_1TD, their_1TD) and _near(norms[1].forward(our_1TD), norms[1].module(their_1TD))
 
 
 def _near(ours: Tensor, theirs: Tensor) -> bool:

@@ -43,6 +43,20 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out_RD.view(x.shape)
 
 
+def add_rms_norm(x: Tensor, more: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + more, rounded to its dtype, and the RMSNorm of that."""
+    x, more = x.contiguous(), more.contiguous()
+    width = x.shape[-1]
+    sum_, out = torch.empty_like(x), torch.empty_like(x)
+    _add_rms_norm[(x.numel() // width,)](
+        *(x, more, weight_D, sum_, out, eps),
+        D=width,
+        BLOCK_D=triton.next_power_of_2(width),
+        num_warps=4 if width >= 1024 else 1,
+    )
+    return sum_, out
+
+
 def rotate_halves(
     q_THD: Tensor,
     k_TGD: Tensor,
@@ -141,6 +155,20 @@ def _rms_norm(x_RD, weight_D, out_RD, stride, eps, D: tl.constexpr, BLOCK_D: tl.
     weight = tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
     out = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
     tl.store(out_RD + row.to(tl.int64) * D + d, out.to(out_RD.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _add_rms_norm(x_RD, more_RD, weight_D, sum_RD, out_RD, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    at = tl.program_id(0).to(tl.int64) * D + d
+    x = tl.load(x_RD + at, mask=d < D, other=0.0).to(tl.float32)
+    x += tl.load(more_RD + at, mask=d < D, other=0.0).to(tl.float32)
+    rounded = x.to(sum_RD.dtype.element_ty)
+    tl.store(sum_RD + at, rounded, mask=d < D)
+    x = rounded.to(tl.float32)
+    weight = tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
+    tl.store(out_RD + at, out.to(out_RD.dtype.element_ty), mask=d < D)
 
 
 @triton.jit

@@ -44,10 +44,12 @@ class Trunk:
         if in_place(dtype, device):
             fuse_rope(model)
             if device.type == "cuda":
-                from router.fused_gpu import fuse_attention, fuse_gates
+                from router.fused_gpu import fuse_attention, fuse_gates, fuse_layers, fuse_products
 
                 fuse_attention(model)
+                fuse_products(model)
                 fuse_gates(model)
+                fuse_layers(model)
 
     @classmethod
     def load(

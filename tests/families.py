@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experts.checkpoint import ExpertCheckpoint
 from experts.quantize import quantize_checkpoint
@@ -72,10 +72,13 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 assert _OF_FAMILY.keys() == set(FAMILIES)
 
 
+def config_of(family: str) -> PreTrainedConfig:
+    return CONFIG_MAPPING[family](**(_COMMON | _OF_FAMILY[family]))
+
+
 def write_dense(family: str, path: Path) -> Path:
     """A BF16 checkpoint as transformers saves it. Its tokens are bytes."""
-    config = CONFIG_MAPPING[family](**(_COMMON | _OF_FAMILY[family]))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         tensor.copy_(_random(name, tensor, generator))

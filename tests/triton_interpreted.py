@@ -7,6 +7,7 @@ its own. In float32, since the interpreter multiplies bfloat16 as if they were i
 """
 
 import json
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -23,13 +24,16 @@ from experts.local_pairs import PairsOnCpu
 from experts.pairs_kernel import PairsInKernel
 from experts.placement import EMPTY
 from experts.selftest import Layer, calls, dequantised, largest_error, random_experts, run
-from router import fp8, gpu_kernel
+from router import fp8, fused_gpu, gpu_kernel, gpu_product
 from router.fp8 import E4M3
 from router.fused import rope_on_cpu
 from router.gpu_attention import decode_attention
 from router.gpu_prompt_attention import prompt_attention
 from router.kv_cache import LayerCache
+from router.model_config import FAMILIES
 from router.prompt_tiles import PromptTiles, cut_into_tiles, tokens_per_tile
+from router.trunk import Trunk
+from tests.families import config_of
 
 CPU = torch.device("cpu")
 LAYERS = (
@@ -52,6 +56,9 @@ def main() -> None:
                 | errors_of_fp8()
                 | errors_of_pairs()
                 | errors_of_gates()
+                | errors_of_sums()
+                | errors_of_products()
+                | errors_of_layers()
             )
         )
 
@@ -198,7 +205,25 @@ def errors_of_pairs() -> dict[str, float]:
         phys_TK[0, 0] = -(2**31)
         wrong += int((kernel.local(phys_TK) != loops.local(phys_TK)).sum())
         wrong += int((kernel.totals() != loops.totals()).sum())
-    return {"pairs": wrong}
+    return {"pairs": wrong, "physical ids": error_of_physical_ids(LAYERS[0])}
+
+
+def error_of_physical_ids(layer: Layer) -> float:
+    """The largest of rows, beside the same call by local slots; infinite if pairs are counted wrongly."""
+    first_slot, experts = 4, random_experts(layer, CPU)
+    backend = backend_triton.TritonBackend(layer.shape, layer.num_slots, torch.float32, CPU)
+    for slot, expert in enumerate(experts):
+        backend.write_slot(0, slot, expert)
+    counted = backend.take_physical(first_slot)
+    loops = PairsOnCpu(first_slot, layer.num_slots, CPU)
+    error = 0.0
+    for call in calls(layer, 9, dtype=torch.float32, device=CPU):
+        phys_TK = torch.where(call.local_TK == EMPTY, EMPTY, call.local_TK + first_slot)
+        phys_TK[0, 0], phys_TK[1, 0] = -(2**31), 2**31 - 1
+        local = call._replace(local_TK=loops.local(phys_TK))
+        found_TD = run(backend, call._replace(local_TK=counted.local(phys_TK)))
+        error = max(error, largest_error(found_TD, dequantised(experts, local)))
+    return error if torch.equal(counted.totals(), loops.totals()) else float("inf")
 
 
 def errors_of_gates() -> dict[str, float]:
@@ -224,6 +249,50 @@ def convert(values: Any, of: Any, to: Any, rounding: Any) -> Any:
     if to == tl.float8e4nv:
         return kept.to(E4M3).view(torch.uint8).numpy()
     return kept.view(E4M3).float().numpy()
+
+
+def errors_of_sums() -> dict[str, float]:
+    errors = {}
+    for width in (48, 64):
+        x, more, weight_D = torch.randn(3, width), torch.randn(3, width), torch.rand(width)
+        sum_, normed = gpu_kernel.add_rms_norm(x, more, weight_D, 1e-3)
+        errors[f"sum, {width}"] = distance(sum_, x + more)
+        errors[f"norm of a sum, {width}"] = distance(normed, F.rms_norm(x + more, (width,), weight_D, 1e-3))
+    return errors
+
+
+def errors_of_products() -> dict[str, float]:
+    errors = {}
+    for num_rows, num_outputs, num_inputs in ((1, 7, 2048 + 16), (3, 8, 48)):
+        weight_NK, x_TK, bias_N = (
+            torch.randn(num_outputs, num_inputs) / num_inputs**0.5,
+            torch.randn(num_rows, num_inputs),
+            torch.randn(num_outputs),
+        )
+        assert gpu_product.is_ours(num_rows, weight_NK)
+        for bias in (None, bias_N):
+            found_TN = gpu_product.linear(weight_NK, bias, x_TK)
+            name = f"{num_rows} rows by {num_inputs} x {num_outputs}, {bias is not None}"
+            errors[name] = distance(found_TN, F.linear(x_TK, weight_NK, bias))
+    return errors
+
+
+def errors_of_layers() -> dict[str, float]:
+    """How many layers are not fused that may be, or are though they do more than add."""
+    errors = {}
+    for family in FAMILIES:
+        for scale in (1.0, 1.5):
+            model = Trunk.random(config_of(family), dtype=torch.float32, device=CPU)._model
+            layers = model.model.layers
+            with mock.patch.object(type(layers[0]), "forward", scaled(type(layers[0]).forward, scale)):
+                fused_gpu.fuse_layers(model)
+            fused = sum("forward" in vars(layer) for layer in layers)
+            errors[f"layers, {family}, times {scale}"] = float(fused != (len(layers) if scale == 1.0 else 0))
+    return errors
+
+
+def scaled(forward: Callable[..., torch.Tensor], scale: float) -> Callable[..., torch.Tensor]:
+    return lambda *args, **kwargs: scale * forward(*args, **kwargs)
 
 
 def dequantize(packed: Any, low_scale: Any, high_scale: Any) -> tuple[Any, Any]:

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.gpu
 
 NUM_TOKENS = 100
 FUSED = {"qwen3_moe": {"self_attn", "mlp.gate"}, "mixtral": {"self_attn", "mlp.gate"}}
+"""Modules of a layer besides the layer itself, which is fused in every family."""
+
 LENGTHS = (3, 16, 17, 64, 150, 480)
 GPU = torch.device("cuda")
 
@@ -176,6 +178,6 @@ def test_every_family_is_computed_by_our_kernels(family: str, tmp_path: Path) ->
         layer = server.engine._trunk._model.model.layers[-1]
         fused = {name for name, module in layer.named_modules() if "forward" in vars(module)}
         answers = server.run(requests)
-    assert fused >= FUSED.get(family, set()), fused
+    assert fused >= {""} | FUSED.get(family, set()), fused
     for n, continuation in enumerate(expected):
         assert_same_tokens(answers[str(n)].tokens, continuation, what=f"prompt {n}")
