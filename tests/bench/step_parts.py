@@ -14,7 +14,7 @@ NAMES = {
     "norms": ("norm",),
     "gate": ("_softmax_top_k",),
     "dispatch": ("_to_local",),
-    "products": ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitK"),
+    "products": ("_linear", "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitK"),
 }
 COPIES = ("memcpy", "copy")
 
