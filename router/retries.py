@@ -15,33 +15,33 @@ MAX_FAILURES = 4
 
 
 class Retries:
-    """Lives in the engine's thread."""
+    """Lives in the engine's thread. num_failures: since the last step that was not run again."""
 
     def __init__(self) -> None:
         self._plans: list[StepPlan] = []
-        self._num_failures = 0
+        self.num_failures = 0
 
     @property
     def doubts_shards(self) -> bool:
         """A step has just failed for the second time: the shards had better be new ones before it is tried again."""
-        return self._num_failures == MAX_TOGETHER
+        return self.num_failures == MAX_TOGETHER
 
     def take(self) -> StepPlan | None:
         """The plan to run again now; None if there is none, and something new may be planned."""
         if not self._plans:
-            self._num_failures = 0
+            self.num_failures = 0
             return None
         return self._plans.pop(0)
 
     def put(self, plan: StepPlan) -> RunningRequest | None:
         """A plan that failed. Returns the request to give up, if it is to blame."""
-        self._num_failures += 1
-        if len(plan.parts) == 1 and self._num_failures >= MAX_FAILURES:
-            self._num_failures = 0
+        self.num_failures += 1
+        if len(plan.parts) == 1 and self.num_failures >= MAX_FAILURES:
+            self.num_failures = 0
             return plan.parts[0].running
-        again = plan.one_by_one() if self._num_failures >= MAX_TOGETHER else [plan]
+        again = plan.one_by_one() if self.num_failures >= MAX_TOGETHER else [plan]
         if len(again) > 1:
-            logger.warning("shards failed in a step %d times: its requests run alone now", self._num_failures)
+            logger.warning("shards failed in a step %d times: its requests run alone now", self.num_failures)
         self._plans = again + self._plans
         return None
 
