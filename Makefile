@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo serve test test-all check clean
 
 demo: .venv/.base ## the demo model on this machine: a router, two expert shards, two streamed answers
-	$(BIN)/python -m deploy.demo
+	$(BIN)/python -m deploy.cli.demo
 
 serve: .venv/.base ## serve CONFIG=configs/... in the foreground
 	$(BIN)/sparkmoe serve $(CONFIG)

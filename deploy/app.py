@@ -9,12 +9,12 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deploy import logs
+from deploy.api.http.keys import read_keys
 from deploy.api.ingress import Served
-from deploy.api.keys import read_keys
 from deploy.api.routes import build_ingress
-from deploy.client import HandleClient
 from deploy.config import AppArgs
-from deploy.replica import RouterReplica
+from deploy.engine.client import HandleClient
+from deploy.engine.replica import RouterReplica
 from router.model_config import check_family, read_config, shape_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class IngressReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # transformers, for which `build` need not wait
-        from router.tokenizer import Tokenizer, sampling_defaults
+        from router.text.tokenizer import Tokenizer, sampling_defaults
 
         path, name = self._args.model.path, self._args.model.name
         model = Served(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))

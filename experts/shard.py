@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
-from experts.checkpoint import ExpertCheckpoint
-from experts.local_pairs import PairCounts, local_pairs
+from experts.backends.pairs import PairCounts, local_pairs
+from experts.checkpoint.reader import ExpertCheckpoint
 from experts.placement import EMPTY, ExpertPlacement
 from experts.progress import Report, each, silent
 from experts.weights import ExpertWeights, MoEShape

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts.checkpoint import ExpertCheckpoint
+from experts.checkpoint.reader import ExpertCheckpoint
 from experts.progress import Progress, Report, show, silent
-from router.attention import Chunk, PagedAttention, plan_attention
-from router.kv_cache import BlockTables, KVCache
-from router.tokenizer import Tokenizer
-from router.trunk import Trunk
+from router.cache.kv_cache import BlockTables, KVCache
+from router.model.attention import Chunk, PagedAttention, plan_attention
+from router.model.trunk import Trunk
+from router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -18,24 +18,24 @@ from torch import Tensor
 
 from experts.fabric import Aborted, Fabric, Membership, PeerLost, ShardFailed, StepFailed
 from experts.progress import show
-from router.answer import Answer
-from router.attention import PagedAttention, plan_attention
+from router.cache.kv_cache import BlockTables, KVCache, num_blocks_for, stored_dtype
 from router.config import RouterConfig
-from router.decode_graphs import batch_sizes, graphs_of
 from router.dispatch import Dispatcher
-from router.guidance import Grammars
-from router.kv_cache import BlockTables, KVCache, num_blocks_for, stored_dtype
 from router.links import Links
-from router.mailbox import Mailbox
+from router.model.attention import PagedAttention, plan_attention
+from router.model.decode_graphs import batch_sizes, graphs_of
+from router.model.trunk import Trunk
 from router.request import QueueFull, Request, RequestOutput
-from router.roster import Roster
-from router.running import RunningRequest
-from router.sampler import LogitsError, Sampled
-from router.scheduler import Scheduler
-from router.scoring import sample_next, score_prompt
-from router.step_plan import StepPlan
-from router.tokenizer import Detokenizer, Tokenizer
-from router.trunk import Trunk
+from router.sampling.guidance import Grammars
+from router.sampling.sampler import LogitsError, Sampled
+from router.schedule.answer import Answer
+from router.schedule.inbox import Mailbox
+from router.schedule.roster import Roster
+from router.schedule.running import RunningRequest
+from router.schedule.scheduler import Scheduler
+from router.schedule.scoring import sample_next, score_prompt
+from router.schedule.step_plan import StepPlan
+from router.text.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 

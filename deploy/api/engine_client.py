@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from deploy.api.errors import ApiError
+from deploy.api.http.errors import ApiError
 from router.request import QueueFull, Request, RequestOutput
 
 RETRY_AFTER_S = 5.0

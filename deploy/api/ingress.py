@@ -14,11 +14,6 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 from pydantic import BaseModel, ValidationError
 
-from deploy.api.access_log import counted
-from deploy.api.asgi import EventStream
-from deploy.api.chat_shape import ChatShape
-from deploy.api.chats import ChatFormat
-from deploy.api.completion_shape import CompletionShape
 from deploy.api.engine_client import (
     EngineClient,
     Limits,
@@ -28,12 +23,17 @@ from deploy.api.engine_client import (
     no_router,
     too_many,
 )
-from deploy.api.errors import INTERNAL_ERROR, ApiError, invalid_body
-from deploy.api.fields import ignored_fields
-from deploy.api.reply import Reply, server_sent, to_json
-from deploy.api.requests import ChatCompletionRequest, CompletionRequest
-from deploy.api.responses import Shape, Vocabulary
-from deploy.api.tokenize import DetokenizeRequest, TokenizeRequest, Tokens, tokenized
+from deploy.api.http.access_log import counted
+from deploy.api.http.asgi import EventStream
+from deploy.api.http.errors import INTERNAL_ERROR, ApiError, invalid_body
+from deploy.api.openai.chat_shape import ChatShape
+from deploy.api.openai.chats import ChatFormat
+from deploy.api.openai.completion_shape import CompletionShape
+from deploy.api.openai.fields import ignored_fields
+from deploy.api.openai.reply import Reply, server_sent, to_json
+from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.api.openai.responses import Shape, Vocabulary
+from deploy.api.openai.tokenize import DetokenizeRequest, TokenizeRequest, Tokens, tokenized
 from deploy.version import version
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 

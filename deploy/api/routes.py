@@ -4,15 +4,21 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from deploy.api.access_log import RequestLog
-from deploy.api.asgi import RequestGuard
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient
-from deploy.api.errors import ApiError, answer_api_error, answer_http_error
+from deploy.api.http.access_log import RequestLog
+from deploy.api.http.asgi import RequestGuard
+from deploy.api.http.errors import ApiError, answer_api_error, answer_http_error
+from deploy.api.http.keys import ApiKeys, KeyGuard
 from deploy.api.ingress import Ingress, Served, Tokenizer
-from deploy.api.keys import ApiKeys, KeyGuard
-from deploy.api.requests import ChatCompletionRequest, CompletionRequest
-from deploy.api.responses import Completion
+from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.api.openai.responses import Completion
+from deploy.api.openai.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 from deploy.api.schema import (
     DescribedApp,
     Health,
@@ -22,7 +28,6 @@ from deploy.api.schema import (
     ReadyReport,
     Version,
 )
-from deploy.api.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 CHAT = Operation(
     "create_chat_completion",

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
-from deploy.api.keys import OPEN
+from deploy.api.http.keys import OPEN
 from deploy.version import version
 
 Handler = Callable[..., Awaitable[Response]]

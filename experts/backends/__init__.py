@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from experts.backends.b12x_layout import Scales
+from experts.backends.b12x.layout import Scales
+from experts.backends.pairs import LocalPairs
 from experts.config import ExpertsConfig
-from experts.local_pairs import LocalPairs
 from experts.progress import Progress
 from experts.weights import ExpertWeights, MoEShape
 
@@ -84,7 +84,7 @@ def _reference(
 def _torch(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.sorted_pairs import SortedPairsBackend
+    from experts.backends.grouped_mm import SortedPairsBackend
 
     return SortedPairsBackend(shape, num_slots, dtype, device)
 
@@ -92,7 +92,7 @@ def _torch(
 def _cpu(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.cpu import CpuBackend
+    from experts.backends.cpu.backend import CpuBackend
 
     return CpuBackend(shape, num_slots, dtype, device)
 
@@ -100,7 +100,7 @@ def _cpu(
 def _triton(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.triton import TritonBackend
+    from experts.backends.triton.backend import TritonBackend
 
     return TritonBackend(shape, num_slots, dtype, device)
 
@@ -108,8 +108,8 @@ def _triton(
 def _b12x(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.b12x import B12xBackend
-    from experts.backends.b12x_library import machine_of, require
+    from experts.backends.b12x.backend import B12xBackend
+    from experts.backends.b12x.library import machine_of, require
 
     require(machine_of(device))
     return B12xBackend(shape, num_slots, dtype, device, scales=settings.scales, micro=settings.micro)
@@ -118,8 +118,8 @@ def _b12x(
 def _b12x_w4a16(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.b12x import B12xBackend
-    from experts.backends.b12x_library import machine_of, require
+    from experts.backends.b12x.backend import B12xBackend
+    from experts.backends.b12x.library import machine_of, require
 
     require(machine_of(device))
     return B12xBackend(shape, num_slots, dtype, device, mode="w4a16")
@@ -128,7 +128,7 @@ def _b12x_w4a16(
 def _b12x_emulated(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.b12x_emulated import B12xEmulatedBackend
+    from experts.backends.b12x.emulated import B12xEmulatedBackend
 
     return B12xEmulatedBackend(shape, num_slots, dtype, device, scales=settings.scales)
 
@@ -151,7 +151,7 @@ def resolve_backend(
 
     Raises ValueError on an SM12x GPU that lacks what b12x needs.
     """
-    from experts.backends.b12x_library import choose, machine_of
+    from experts.backends.b12x.library import choose, machine_of
 
     if name != "auto":
         return name
@@ -162,6 +162,6 @@ def resolve_backend(
 def _triton_can(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    from experts.backends.triton import complaint
+    from experts.backends.triton.backend import complaint
 
     return complaint(shape, dtype, device) is None

@@ -2,7 +2,7 @@
 
     python -m tests.bench.attention [--output FILE]
 
-Decoding: router.gpu_attention beside BatchDecodeWithPagedKVCacheWrapper in its CUDA-graph mode, on its tensor cores. Floor: the
+Decoding: router.kernels.decode_attention beside BatchDecodeWithPagedKVCacheWrapper in its CUDA-graph mode, on its tensor cores. Floor: the
 bytes of bfloat16 keys and values over the copy bandwidth measured here.
 
 Prompts: one chunk of each request, whose keys and values are written to the cache first: PagedAttention beside
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from router.attention import Chunk, PagedAttention, plan_attention
-from router.fp8 import E4M3
-from router.gpu_attention import decode_attention
-from router.kv_cache import BlockTables, KVCache
+from router.cache.fp8 import E4M3
+from router.cache.kv_cache import BlockTables, KVCache
+from router.kernels.decode_attention import decode_attention
+from router.model.attention import Chunk, PagedAttention, plan_attention
 from router.model_config import TrunkShape
 from tests.bench.moe import GPU, Machine, measure_machine, spread_us, time_graph
 from tests.bench.report import emit

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts.backends import BACKENDS, ExpertBackend
-from experts.backends.b12x_emulated import B12xEmulatedBackend
-from experts.backends.b12x_layout import Scales
+from experts.backends.b12x.emulated import B12xEmulatedBackend
+from experts.backends.b12x.layout import Scales
 from experts.nvfp4 import dequantize, quantize, scale_2_of
 from experts.weights import ExpertWeights, MoEShape
 from router.config import RouterConfig
@@ -34,7 +34,7 @@ from tests.bench.perplexity import (
     score_by_transformers,
     windows_of,
 )
-from tests.in_process import in_process
+from tests.support.in_process import in_process
 
 SHAPES = {"Qwen3-30B-A3B": (2048, 768), "MiniMax-M2": (3072, 1536), "GLM-4.6": (5120, 1536)}
 STDS = (0.01, 0.02, 0.04)

@@ -9,9 +9,9 @@ import argparse
 import itertools
 from typing import get_args
 
-from experts.backends.b12x import Mode
-from tests.b12x_contract import MODELS, Case, Findings, Kernel, examine, pool
-from tests.b12x_on_cpu import NUM_SMS
+from experts.backends.b12x.backend import Mode
+from tests.support.b12x_contract import MODELS, Case, Findings, Kernel, examine, pool
+from tests.support.b12x_on_cpu import NUM_SMS
 
 HEAD = f"{'model':18}{'kernel':18}{'tokens':>10}{'target':>9}{'seconds':>9}{'registers':>11}{'spills':>8}{'MMA':>6}  verdict"
 

@@ -18,15 +18,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from experts.fabric import Membership, ShardAddress, StepHeader, link, shard_link
-from experts.fabric.frames import HEADER_BYTES, FrameShape
-from experts.fabric.link import ShardListener
-from experts.fabric.sockets import listen_here, prepare, receive_some
-from experts.fabric.tcp import TcpFabric
+from experts.fabric import Membership, ShardAddress, StepHeader
+from experts.fabric.tcp import shard_end, shard_link
+from experts.fabric.tcp.frames import HEADER_BYTES, FrameShape
+from experts.fabric.tcp.router_end import TcpFabric
+from experts.fabric.tcp.shard_end import ShardListener
+from experts.fabric.tcp.sockets import listen_here, prepare, receive_some
 from experts.placement import even_placement
 from experts.weights import MoEShape
 from tests.bench import report
-from tests.processes import processes
+from tests.support.processes import processes
 
 Way = Literal["unix", "tcp"]
 """How shards on the router's host are reached, and how all others are."""
@@ -73,7 +74,7 @@ def bare_process(way: Way, num_in: int, num_out: int, parent: Connection) -> Non
     prepare(sock)
     with sock, suppress(ConnectionError):
         while True:
-            fill(sock, request, spin_s=link.SPIN_S)
+            fill(sock, request, spin_s=shard_end.SPIN_S)
             sock.sendall(reply)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from router.model.trunk import Trunk
 from router.request import Request, SamplingParams
-from router.trunk import Trunk
 from tests.bench.report import emit
-from tests.in_process import in_process
+from tests.support.in_process import in_process
 
 MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 NUM_REQUESTS = (1, 16, 64)

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from tests.bench.client import stream
 from tests.bench.report import emit
-from tests.cluster.server import eventually, free_port, serving
-from tests.oracle import Oracle
+from tests.support.oracle import Oracle
+from tests.support.server import eventually, free_port, serving
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "demo-model"

@@ -23,10 +23,10 @@ from typing import Any
 
 import httpx
 
-from deploy.readiness import LaunchError, readiness
+from deploy.cli.readiness import LaunchError, readiness
 from tests.bench.client import Streamed, stream
 from tests.bench.report import emit, percentile
-from tests.cluster.server import ROOT, Server, serving
+from tests.support.server import ROOT, Server, serving
 
 MAX_REQUESTS, MAX_QUEUE = 64, 64
 PHASES = (("64 alone", 64, 60), ("200", 200, 120), ("64 alone, again", 64, 60))

@@ -20,14 +20,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from experts.tensor_files import TensorFiles
+from experts.checkpoint.tensor_files import TensorFiles
 from router.config import KVCacheConfig, RouterConfig
+from router.model.trunk import Trunk
 from router.request import Request, SamplingParams
-from router.tokenizer import Tokenizer
-from router.trunk import Trunk
+from router.text.tokenizer import Tokenizer
 from tests.bench import report
-from tests.in_process import CPU, in_process
-from tests.oracle import Oracle, load_model
+from tests.support.in_process import CPU, in_process
+from tests.support.oracle import Oracle, load_model
 
 WINDOW = 512
 NUM_SHARDS = 2

@@ -18,7 +18,7 @@ import httpx
 
 from tests.bench.client import Streamed, stream
 from tests.bench.report import emit, spread
-from tests.cluster.server import serving
+from tests.support.server import serving
 
 NUM_REQUESTS = 50
 PREFIX, REST, ANSWER = 1000, 8, 8

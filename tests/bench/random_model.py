@@ -21,18 +21,18 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
-from experts.backends.triton_kernels import SCALE_SHIFT
+from experts.backends.triton.kernels import SCALE_SHIFT
+from experts.checkpoint.tensor_writer import write_tensors
 from experts.fabric.local import LocalFabric, local_membership
 from experts.nvfp4 import GROUP
 from experts.placement import place_evenly
 from experts.shard import ExpertShard
-from experts.tensor_writer import write_tensors
 from experts.weights import MoEShape
 from router.config import RouterConfig
 from router.engine import Engine
+from router.model.trunk import Trunk
 from router.request import RequestOutput
-from router.tokenizer import Tokenizer
-from router.trunk import Trunk
+from router.text.tokenizer import Tokenizer
 
 _qwen3: Any = partial(
     cast(Any, Qwen3MoeConfig),

@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 
 from experts.fabric import Fabric, Membership
-from experts.fabric.link import ShardListener
 from experts.fabric.local import LocalFabric, local_membership
-from experts.fabric.tcp import TcpFabric
+from experts.fabric.tcp.router_end import TcpFabric
+from experts.fabric.tcp.shard_end import ShardListener
 from router.config import RouterConfig
 from router.engine import Engine
+from router.model.trunk import Trunk
 from router.request import Request, RequestOutput, SamplingParams
-from router.tokenizer import Tokenizer, eos_token_ids
-from router.trunk import Trunk
+from router.text.tokenizer import Tokenizer, eos_token_ids
 from tests.bench.report import emit
-from tests.in_process import placement_of, shards_of
-from tests.processes import processes
+from tests.support.in_process import placement_of, shards_of
+from tests.support.processes import processes
 
 MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 NUM_SHARDS = 2

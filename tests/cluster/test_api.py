@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.server import Server, eventually, serving
+from tests.support.server import Server, eventually, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -88,7 +88,9 @@ def test_the_logs_of_all_our_processes_are_json(guarded: Server, folder: Path) -
     assert {INGRESS, ROUTER, "Fleet", "ShardActor"} <= processes.keys()
     for actor in (INGRESS, ROUTER, "Fleet", "ShardActor"):
         assert all(json.loads(line)["message"] for line in processes[actor]), actor
-    assert {json.loads(line)["logger"] for line in processes["ShardActor"]} == {"experts.fabric.link"}
+    assert {json.loads(line)["logger"] for line in processes["ShardActor"]} == {
+        "experts.fabric.tcp.shard_end"
+    }
 
 
 def test_keys_change_without_a_restart(guarded: Server, keys: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import openai
 import pytest
 
-from tests.cluster.server import Server, eventually
+from tests.support.server import Server, eventually
 
 pytestmark = pytest.mark.cluster
 

@@ -5,9 +5,9 @@ import pytest
 import schemathesis
 from hypothesis import settings
 
-from tests import fuzz
-from tests.cluster.server import Server
-from tests.unit.fake_engine import FakeEngine, ingress_over
+from tests.support import fuzz
+from tests.support.fake_engine import FakeEngine, ingress_over
+from tests.support.server import Server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
-from tests.cluster.server import Server, eventually, is_ready
-from tests.dashboard import metrics_shown
+from tests.support.dashboard import metrics_shown
+from tests.support.server import Server, eventually, is_ready
 
 pytestmark = pytest.mark.cluster
 

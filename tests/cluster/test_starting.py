@@ -13,7 +13,7 @@ from openai.types import Completion
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
-from tests.cluster.server import DEMO, ROOT, eventually, free_port, is_ready, serving
+from tests.support.server import DEMO, ROOT, eventually, free_port, is_ready, serving
 
 pytestmark = pytest.mark.cluster
 

@@ -7,8 +7,8 @@ import random
 import jsonschema
 import pytest
 
-from tests.cluster.server import Server
-from tests.json_schemas import Schema, random_schema
+from tests.support.json_schemas import Schema, random_schema
+from tests.support.server import Server
 
 pytestmark = pytest.mark.cluster
 

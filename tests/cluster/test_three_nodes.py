@@ -14,12 +14,12 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 
+from deploy.cli.launch import readiness
 from deploy.config import load
-from deploy.launch import readiness
-from deploy.spec import NAMESPACE
-from router.tokenizer import Tokenizer
-from tests.cluster.server import DEMO, ROOT, eventually, free_port, is_ready
-from tests.oracle import NEAR_TIE, Oracle
+from deploy.fleet.spec import NAMESPACE
+from router.text.tokenizer import Tokenizer
+from tests.support.oracle import NEAR_TIE, Oracle
+from tests.support.server import DEMO, ROOT, eventually, free_port, is_ready
 
 pytestmark = pytest.mark.cluster
 

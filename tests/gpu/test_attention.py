@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from router.attention import Chunk, plan_attention
-from router.fp8 import E4M3
-from router.prompt_tiles import PromptTiles
-from tests.paged import Requests, shape_of
+from router.cache.fp8 import E4M3
+from router.kernels.prompt_tiles import PromptTiles
+from router.model.attention import Chunk, plan_attention
+from tests.support.paged import Requests, shape_of
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.backends import b12x_layout as layout
-from experts.backends import b12x_numerics as numerics
+from experts.backends.b12x import layout, numerics
 from experts.nvfp4 import GROUP, encode_e2m1, pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]

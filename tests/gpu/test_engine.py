@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from experts.fabric import Membership
-from experts.fabric.link import ShardListener
 from experts.fabric.local import LocalFabric
-from experts.fabric.tcp import TcpFabric
+from experts.fabric.tcp.router_end import TcpFabric
+from experts.fabric.tcp.shard_end import ShardListener
 from experts.shard import ExpertShard
-from router.attention import AttentionPlan
 from router.config import KVCacheConfig, RouterConfig
-from router.decode_graphs import DecodeGraphs
+from router.model.attention import AttentionPlan
+from router.model.decode_graphs import DecodeGraphs
 from router.model_config import FAMILIES
 from router.request import Request, SamplingParams
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from tests.bench.perplexity import DEMO, FP8, HELDOUT, closeness, logits_of_engine, windows_of
-from tests.families import write_nvfp4
-from tests.in_process import greedy, in_process
-from tests.oracle import Oracle, assert_same_tokens
+from tests.support.families import write_nvfp4
+from tests.support.in_process import greedy, in_process
+from tests.support.oracle import Oracle, assert_same_tokens
 
 pytestmark = pytest.mark.gpu
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from experts.local_pairs import FORWARDS_KEPT, LocalPairs, PairsOnDevice
-from experts.pairs_kernel import PairsInKernel
+from experts.backends.pairs import FORWARDS_KEPT, LocalPairs, PairsOnDevice
+from experts.backends.triton.pairs import PairsInKernel
 from experts.placement import EMPTY
 
 pytestmark = pytest.mark.gpu

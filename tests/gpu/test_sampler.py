@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from router.request import SamplingParams
-from router.sampler import SamplingRow, sample
+from router.sampling.sampler import SamplingRow, sample
 
 pytestmark = pytest.mark.gpu
 

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.unit import fake_shard
-from tests.unit.fake_engine import FakeEngine, http_client, ingress_over, says
+from tests.support import fake_shard
+from tests.support.fake_engine import FakeEngine, http_client, ingress_over, says
 
 
 @pytest.fixture

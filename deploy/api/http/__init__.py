@@ -1,0 +1,1 @@
+"""What stands before every route: the ASGI server's edges, access log, keys, errors."""

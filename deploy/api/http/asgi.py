@@ -1,0 +1,156 @@
+"""Two pieces around the routes: what guards every request, and a stream of server-sent events."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+from fastapi import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.api.http.errors import INTERNAL_ERROR, ApiError
+
+logger = logging.getLogger(__name__)
+
+
+class RequestGuard:
+    """Gives every request a bound on its body, an end when the client leaves and an answer to our bugs."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, watched_send)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if not started:
+                await INTERNAL_ERROR.response()(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await _read_body(receive, self._max_body_bytes)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is not None:
+            await _until_disconnect(self._app(scope, _replay(body), send), receive)
+
+
+async def _read_body(receive: Receive, max_bytes: int) -> bytes | None:
+    """The whole body, or None if the client left. Raises ApiError 413."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise ApiError(413, f"The body is longer than {max_bytes} bytes.")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _replay(body: bytes) -> Receive:
+    """A `receive` that gives the body once. It never tells of a disconnect: the guard watches for that."""
+    unread = [body]
+
+    async def receive() -> Message:
+        if not unread:
+            await asyncio.get_running_loop().create_future()  # until cancelled
+        return {"type": "http.request", "body": unread.pop(), "more_body": False}
+
+    return receive
+
+
+async def _until_disconnect(work: Awaitable[None], receive: Receive) -> None:
+    """Await the work; cancel it when the client leaves or we are cancelled (Ray Serve does the latter)."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        worker.cancel()
+        watcher.cancel()
+        await asyncio.wait((worker, watcher))
+    if not worker.cancelled():
+        worker.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has left."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except Exception as error:  # noqa: BLE001 Ray Serve raises some error of its own for a client that left
+        logger.info("the connection is lost: %s", type(error).__name__)
+
+
+WAITING_S = 5.0
+"""A stream that has sent nothing for so long sends a comment: proxies cut a connection that is silent for a minute."""
+
+_WAITING = b": waiting\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they are made, comments while none are, and closes their generator at once when cancelled.
+
+    The status waits for the first event, up to WAITING_S: an error before is still answered with its own status.
+    A later one is the last event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, event_of: Callable[[Exception], bytes]
+    ) -> None:
+        # The length is unknown; proxies must neither keep nor collect events.
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._event_of = event_of
+        self._num_sent = 0
+        self._one_sends = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        waiting = asyncio.create_task(self._comment(send))
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await self._put(event, send)
+        except Exception as error:
+            if not self._num_sent:
+                raise
+            await self._put(self._event_of(error), send)
+        finally:
+            waiting.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _comment(self, send: Send) -> None:
+        """For ever: fill every silence with comments, which clients skip."""
+        while True:
+            before = self._num_sent
+            await asyncio.sleep(WAITING_S)
+            if self._num_sent == before:
+                await self._put(_WAITING, send)
+
+    async def _put(self, event: bytes, send: Send) -> None:
+        self._num_sent += 1
+        first = self._num_sent == 1
+        async with self._one_sends:
+            if first:
+                await send(
+                    {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                )
+            await send({"type": "http.response.body", "body": event, "more_body": True})

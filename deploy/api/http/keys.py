@@ -1,0 +1,118 @@
+"""Who may ask: the API keys of a file, which is read again when it changes."""
+
+import hmac
+import logging
+import time
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deploy.api.http.access_log import entry, route_path
+from deploy.api.http.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+CHECK_S = 1.0
+"""How often the file is looked at, at most."""
+
+OPEN = frozenset({"/health", "/ready", "/version"})
+"""Paths that ask for no key: load balancers have none."""
+
+_MISSING = ApiError(401, "An API key is needed: `Authorization: Bearer KEY`.", code="invalid_api_key")
+_WRONG = ApiError(401, "The API key is none of this server's.", code="invalid_api_key")
+
+
+class ApiKeys:
+    """Those of the file. One that has become unreadable or empty leaves the keys as they were, with a warning."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises ValueError as `read_keys` does."""
+        self._file = file
+        self._seen = _stamp(file)
+        self._names = read_keys(file)
+        self._next_look = time.monotonic() + CHECK_S
+
+    def name_of(self, sent: bytes) -> str | None:
+        """None if it is no key. Takes the same time whichever it is."""
+        self._follow()
+        found = None
+        for key, name in self._names.items():
+            if hmac.compare_digest(key, sent):
+                found = name
+        return found
+
+    def _follow(self) -> None:
+        """Look at the file, if it is time, and read it if it is not the one that was read."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + CHECK_S
+        stamp = _stamp(self._file)
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            self._names = read_keys(self._file)
+        except ValueError as error:
+            logger.warning("the API keys stay as they were: %s", error)
+        else:
+            logger.info("%s: the number of API keys is now %d", self._file, len(self._names))
+
+
+def read_keys(file: Path) -> dict[bytes, str]:
+    """The name of each key; one without is named after its line.
+
+    Raises ValueError, which quotes no key, for a file that cannot be read, has none, or is not such a file.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"api.keys_file: {file}: {error.strerror}") from error
+    names: dict[bytes, str] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words or words[0].startswith(b"#"):
+            continue
+        if len(words) > 2:
+            raise ValueError(f"api.keys_file: {file}, line {number}: must be `KEY` or `NAME KEY`")
+        *name, key = words
+        names[key] = name[0].decode(errors="replace") if name else f"line {number}"
+    if not names:
+        raise ValueError(f"api.keys_file: {file} has no key")
+    return names
+
+
+class KeyGuard:
+    """Lets through who sends a key, and everybody to OPEN. The name of the key goes to the access log."""
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or route_path(scope) in OPEN:
+            await self._app(scope, receive, send)
+            return
+        sent = _bearer(Headers(scope=scope).get("authorization", ""))
+        name = self._keys.name_of(sent)
+        if name is None:
+            refusal = _WRONG if sent else _MISSING
+            await refusal.response({"www-authenticate": "Bearer"})(scope, receive, send)
+            return
+        entry().key = name
+        await self._app(scope, receive, send)
+
+
+def _bearer(authorization: str) -> bytes:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+def _stamp(file: Path) -> tuple[int, ...] | None:
+    """Another one means that the file has changed, its permissions included; None that there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

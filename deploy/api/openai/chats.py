@@ -1,0 +1,61 @@
+"""Chats with one model: what its template says of how it thinks and calls tools, and what follows for a request."""
+
+from collections.abc import Callable
+
+from deploy.api.http.errors import ApiError
+from deploy.api.openai.requests import ChatCompletionRequest
+from deploy.api.openai.structured import together
+from deploy.api.reading.parts import ChatReader, PlainReader, Reader
+from deploy.api.reading.reasoning import ReasoningReader, is_open, thinks
+from deploy.api.reading.tool_formats import ToolFormat, calls_rules, format_of
+from router.sampling import grammar
+
+
+class ChatFormat:
+    """Of the text of a checkpoint's chat template. Holds no state; any thread may use it."""
+
+    def __init__(self, template: str) -> None:
+        self._thinks = thinks(template)
+        self._tools = format_of(template)
+
+    def grammar(self, body: ChatCompletionRequest) -> str | None:
+        """Of the whole answer, thoughts included: there are none then. None: it is free. May take a while.
+
+        Where a form is asked for and the model may call tools, it chooses. Raises ApiError.
+        """
+        form = body.form()
+        if not body.offered:
+            return form.compile() if form else None
+        if form and body.forced:
+            raise together(form.field, "tool_choice")
+        if not form and not body.forced:
+            return None
+        functions = [tool.function for tool in body.forced or body.offered]
+        several = body.parallel_tool_calls and not body.names_tool
+        rules = calls_rules(self._format().call_rules(functions), several=several)
+        try:
+            forced = grammar.of_lark(f"start: calls\n{rules}")
+        except ValueError as error:
+            raise ApiError(400, f"tools: {error}", param="tools") from error
+        return grammar.either(rules, "calls", form.compile()) if form else forced
+
+    def new_reader(self, body: ChatCompletionRequest, *, prompt: str) -> Callable[[], Reader]:
+        """Makes readers of the answers to a rendered prompt. Raises ApiError for tools that this model cannot call."""
+        offered = [tool.function for tool in body.offered]
+        tools = self._format() if offered else None
+        reasons = self._thinks and body.form() is None and not body.forced
+        opened = is_open(prompt)
+        max_calls = None if body.parallel_tool_calls else 1
+
+        def reader() -> Reader:
+            reasoning = ReasoningReader(is_open=opened) if reasons else PlainReader()
+            calls = tools.new_reader(offered) if tools else PlainReader()
+            return ChatReader(reasoning, calls, max_calls=max_calls)
+
+        return reader if reasons or tools else PlainReader
+
+    def _format(self) -> ToolFormat:
+        if self._tools is None:
+            message = "The chat template of this model has no format of tool calls that is known here."
+            raise ApiError(400, message, param="tools")
+        return self._tools

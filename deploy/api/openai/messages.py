@@ -1,0 +1,115 @@
+"""The messages of a chat and the tools that it offers: as clients send them, and as chat templates read them."""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from deploy.api.openai.fields import NotServed, Sent, only
+
+
+class TextPart(Sent):
+    type: Annotated[str, only("text")]
+    text: str
+
+
+def _text_of(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _as_object(arguments: object) -> object:
+    """OpenAI's clients send a call's arguments as the model wrote them: JSON in a string."""
+    try:
+        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
+
+
+class CalledFunction(Sent):
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_as_object)]
+
+
+class SentCall(Sent):
+    """A call that the model made earlier in the chat."""
+
+    id: str = ""
+    type: Annotated[str, only("function")] = "function"
+    function: CalledFunction
+
+
+class Message(Sent):
+    role: Annotated[str, only("system", "developer", "user", "assistant", "tool")]
+    tool_calls: Annotated[list[SentCall], Field(default_factory=list, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        default=None, validate_default=True
+    )
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+    function_call: NotServed = None
+    audio: NotServed = None
+
+    @field_validator("content")
+    @classmethod
+    def _calls_need_no_text(cls, content: object, info: ValidationInfo) -> object:
+        if content is None and not info.data.get("tool_calls"):
+            raise PydanticCustomError("missing", "Field required")
+        return content
+
+    def for_template(self) -> dict[str, Any]:
+        """What chat templates read. "developer" is OpenAI's newer name for "system", which templates know.
+
+        A call's arguments are a mapping, which all templates take; some cannot take JSON in a string. No content is
+        the empty string: templates would print None.
+        """
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": _text_of(self.content or ""),
+        }
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(include=_CALL) for call in self.tool_calls]
+        for name in ("reasoning_content", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        return message
+
+
+_CALL: Any = {"id": True, "type": True, "function": {"name", "arguments"}}
+
+
+class OfferedFunction(Sent):
+    """parameters: JSON schema of an object; none: the function takes none."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: bool = False
+
+
+class Tool(Sent):
+    type: Annotated[str, only("function")]
+    function: OfferedFunction
+
+    def for_template(self) -> dict[str, Any]:
+        return self.model_dump(include=_TOOL, exclude_unset=True)
+
+
+_TOOL: Any = {"type": True, "function": {"name", "description", "parameters", "strict"}}
+
+
+class NamedFunction(Sent):
+    name: str
+
+
+class NamedTool(Sent):
+    """A tool_choice: this one has to be called."""
+
+    type: Annotated[str, only("function")]
+    function: NamedFunction
+
+
+ToolChoice = Annotated[str, only("none", "auto", "required")] | NamedTool

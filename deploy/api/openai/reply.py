@@ -1,0 +1,190 @@
+"""One reply: gathers the outputs of its requests into one object, or turns each into an event. No I/O, no clock."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from deploy.api.openai.responses import Choice, Completion, Opening, Piece, Shape, Usage
+from deploy.api.reading.parts import CallBegun, Content, Part, Reader
+from router.request import RequestOutput, TokenLogprob
+
+DONE = b"data: [DONE]\n\n"
+
+# ASCII with escapes: some clients split events at U+2028 or U+0085, which JSON may hold as they are.
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+_TEXT = "\0"  # stands for the text in a chunk's template; no model's name holds it
+
+
+@dataclass
+class _Progress:
+    """Of one choice. before, after: its chunks' JSON around their text, as long as they hold only that."""
+
+    reader: Reader
+    before: str
+    after: str
+    first: RequestOutput | None = None
+    last: RequestOutput | None = None
+    called: bool = False
+    num_tokens: int = 0
+    offset: int = 0
+    parts: list[Part] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def take(self, output: RequestOutput) -> list[Part]:
+        """What the output adds to the answer."""
+        self.first = self.first or output
+        self.last = output
+        self.num_tokens += len(output.tokens)
+        parts = self.reader.push(output.text)
+        if output.finish is not None:
+            parts += self.reader.flush()
+        self.called = self.called or any(isinstance(part, CallBegun) for part in parts)
+        return parts
+
+
+class Reply:
+    """Give every output either to `add` and then ask for `whole`, or to `event` and then ask for `ending`."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        reply_id: str,
+        created: int,
+        model: str,
+        prompt_tokens: Sequence[int],
+        n: int,
+        logprobs: bool,
+        include_usage: bool,
+    ) -> None:
+        """prompt_tokens: of every prompt; each has n choices in a row. logprobs: whether they were asked for.
+        include_usage: in a stream; a whole reply always has it."""
+        self._shape = shape
+        self._id = reply_id
+        self._created = created
+        self._model = model
+        self._prompt_tokens = sum(prompt_tokens)
+        self._n = n
+        self._with_logprobs = logprobs
+        self._include_usage = include_usage
+        self._choices = [self._progress(index) for index in range(n * len(prompt_tokens))]
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        """Keep an output for `whole`."""
+        choice = self._choices[index]
+        choice.parts += choice.take(output)
+        choice.logprobs += output.logprobs
+
+    def whole(self) -> bytes:
+        """The JSON of everything added."""
+        choices = [self._whole(index, choice) for index, choice in enumerate(self._choices)]
+        reply = self._envelope(self._shape.whole_object, choices)
+        reply["usage"] = self._usage()
+        return to_json(reply).encode()
+
+    def event(self, index: int, output: RequestOutput) -> bytes:
+        """The events that show an output; none if there is nothing to show yet."""
+        choice = self._choices[index]
+        opening = self._open(index, output) if choice.first is None else ""
+        parts = choice.take(output)
+        *before, last = parts or [Content("")]
+        events = [self._part(index, part) for part in before]
+        if output.finish is None and not output.logprobs:
+            events.append(self._part(index, last) if parts else "")
+        else:
+            events.append(self._end(index, output, last if parts else None))
+        return (opening + "".join(events)).encode()
+
+    def ending(self) -> bytes:
+        """The events after the last output's."""
+        if not self._include_usage:
+            return DONE
+        chunk = self._envelope(self._shape.chunk_object, [])
+        chunk["usage"] = self._usage()
+        return server_sent(to_json(chunk)).encode() + DONE
+
+    def _progress(self, index: int) -> _Progress:
+        template = self._chunk(self._shape.chunk(Piece(index, [Content(_TEXT)]), called=False))
+        before, after = template.split(to_json(_TEXT))
+        return _Progress(self._shape.reader(), before, after)
+
+    def _open(self, index: int, output: RequestOutput) -> str:
+        opening = Opening(index, output.prompt_logprobs)
+        self._choices[index].offset = self._shape.offset(opening)
+        chunk = self._shape.opening(opening)
+        return self._chunk(chunk) if chunk is not None else ""
+
+    def _part(self, index: int, part: Part) -> str:
+        """A chunk that holds one part and nothing else."""
+        if isinstance(part, Content):
+            choice = self._choices[index]
+            return f"{choice.before}{to_json(part.text)}{choice.after}"
+        return self._chunk(self._shape.chunk(Piece(index, [part]), called=True))
+
+    def _end(self, index: int, output: RequestOutput, part: Part | None) -> str:
+        """The chunk of an output's last part, with all that is not text."""
+        choice = self._choices[index]
+        piece = Piece(
+            index,
+            [part] if part else [],
+            self._asked_for(output.logprobs),
+            output.finish,
+            _stop_reason(output),
+            choice.offset,
+        )
+        choice.offset += self._shape.num_chars(output.logprobs)
+        return self._chunk(self._shape.chunk(piece, called=choice.called))
+
+    def _whole(self, index: int, choice: _Progress) -> Choice:
+        assert choice.first is not None
+        assert choice.last is not None
+        opening = Opening(index, choice.first.prompt_logprobs)
+        logprobs = self._asked_for(choice.logprobs)
+        stop_reason = _stop_reason(choice.last)
+        piece = Piece(
+            index, choice.parts, logprobs, choice.last.finish, stop_reason, self._shape.offset(opening)
+        )
+        return self._shape.whole(opening, piece)
+
+    def _chunk(self, choice: Choice) -> str:
+        chunk = self._envelope(self._shape.chunk_object, [choice])
+        if self._include_usage:
+            chunk["usage"] = None
+        return server_sent(to_json(chunk))
+
+    def _envelope(self, kind: str, choices: list[Choice]) -> Completion:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": None,
+            "choices": choices,
+        }
+
+    def _usage(self) -> Usage:
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self._prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
+        }
+
+    def _cached_tokens(self) -> int:
+        """Every prompt counts once, as its first choice found it."""
+        firsts = [choice.first for choice in self._choices[:: self._n]]
+        return sum(first.num_cached for first in firsts if first is not None)
+
+    def _asked_for(self, logprobs: Sequence[TokenLogprob]) -> Sequence[TokenLogprob] | None:
+        return logprobs if self._with_logprobs else None
+
+
+def server_sent(data: str) -> str:
+    """An event around JSON."""
+    return f"data: {data}\n\n"
+
+
+def _stop_reason(output: RequestOutput) -> str | int | None:
+    return "timeout" if output.finish == "timeout" else output.stop_reason

@@ -1,0 +1,190 @@
+"""What OpenAI's clients are answered: the objects of both endpoints, and what they are made from. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NotRequired, Protocol
+
+from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
+
+from deploy.api.reading.parts import Part, Reader
+from router.request import FinishReason, TokenLogprob
+
+
+class Vocabulary(Protocol):
+    """How tokens look. A token may be part of a character: its bytes are exact, its text is not."""
+
+    def token_text(self, token_id: int, /) -> str: ...
+
+    def token_bytes(self, token_id: int, /) -> bytes: ...
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(TypedDict):
+    """Parallel lists, one entry per token. text_offset: where it begins in the texts of all tokens, joined.
+
+    null: of a prompt's first token, which nothing comes before.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    """vLLM's. rank: 1 for the likeliest; null for one that is not among the likeliest that were asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+class Function(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """index: in a stream only, where all but the first of a call have neither id, type nor name."""
+
+    index: NotRequired[int]
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: Function
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class _Choice(TypedDict):
+    """stop_reason: vLLM's: the stop string or token that ended it; not in a stream before the end."""
+
+    index: int
+    finish_reason: str | None
+    stop_reason: NotRequired[str | int | None]
+
+
+class ChatChoice(_Choice):
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatChunkChoice(_Choice):
+    delta: Delta
+    logprobs: ChatLogprobs | None
+
+
+class CompletionChoice(_Choice):
+    """Whole, or one chunk of it."""
+
+    text: str
+    logprobs: CompletionLogprobs | None
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
+
+
+Choice = ChatChoice | ChatChunkChoice | CompletionChoice
+
+
+class Completion(TypedDict):
+    """The envelope of every answer, whole or chunk, of both endpoints.
+
+    usage: absent from a stream that did not ask for it; null in all but the last chunk of one that did.
+    """
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: None
+    choices: Sequence[Choice]
+    usage: NotRequired[Usage | None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of one choice: its opening, which tells of the prompt; what was generated, or a part of that.
+
+    logprobs: None if the request asked for none. offset: Shape.num_chars of the tokens before this piece.
+    """
+
+    index: int
+    parts: Sequence[Part] = ()
+    logprobs: Sequence[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Opening:
+    """prompt_logprobs: of all tokens of the prompt but the first, if the engine was asked for them."""
+
+    index: int
+    prompt_logprobs: Sequence[TokenLogprob]
+
+
+class Shape(Protocol):
+    """What differs between the answers of the two endpoints."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def reader(self) -> Reader:
+        """Of one choice's text."""
+        ...
+
+    def whole(self, opening: Opening, piece: Piece) -> Choice: ...
+
+    def chunk(self, piece: Piece, *, called: bool) -> Choice:
+        """called: whether a tool call came, in this piece or before."""
+        ...
+
+    def opening(self, opening: Opening) -> Choice | None:
+        """A choice's first chunk, before anything generated."""
+        ...
+
+    def offset(self, opening: Opening) -> int:
+        """Of the first generated token."""
+        ...
+
+    def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
+        """By how much these tokens move the offset of the next. The text itself may lag behind them."""
+        ...

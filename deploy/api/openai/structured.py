@@ -1,0 +1,108 @@
+"""How a body asks for an answer of a certain form: OpenAI's response_format and vLLM's names for the same."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from deploy.api.http.errors import ApiError
+from deploy.api.openai.fields import NotServed, Sent, only
+from router.sampling import grammar
+
+Schema = dict[str, Any] | str
+Choices = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+
+_KINDS = {
+    "json": grammar.of_json_schema,
+    "regex": grammar.of_regex,
+    "choice": grammar.of_choice,
+    "grammar": grammar.of_lark,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the whole answer has to look like. field: the dotted path that asks for it. kind: a key of _KINDS."""
+
+    field: str
+    kind: str
+    value: Any
+
+    def compile(self) -> str:
+        """The grammar. May take a while. Raises ApiError for what has none."""
+        try:
+            return _KINDS[self.kind](self.value)
+        except ValueError as error:
+            raise ApiError(400, f"{self.field}: {error}", param=self.field) from error
+
+
+class JsonSchema(Sent):
+    """strict: schemas are always kept to."""
+
+    name: str = ""
+    description: str = ""
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = False
+
+
+class ResponseFormat(Sent):
+    type: Annotated[str, only("text", "json_object", "json_schema")]
+    json_schema: JsonSchema | None = Field(default=None, validate_default=True)
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_there(cls, json_schema: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
+        if json_schema is None and info.data.get("type") == "json_schema":
+            raise PydanticCustomError("missing", "Field required")
+        return json_schema
+
+    def forms(self) -> list[Form]:
+        if self.type == "json_schema":
+            assert self.json_schema is not None
+            return [Form("response_format", "json", self.json_schema.schema_)]
+        return [Form("response_format", "json", {"type": "object"})] if self.type == "json_object" else []
+
+
+class StructuredOutputs(Sent):
+    json_: Schema | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: Annotated[Any, only(False)] = None
+    structural_tag: NotServed = None
+
+    def forms(self) -> list[Form]:
+        asked = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        return [
+            Form(f"structured_outputs.{kind}", kind, value)
+            for kind, value in asked.items()
+            if value is not None
+        ]
+
+
+class Structured(Sent):
+    """The fields of a body, at most one of which may ask for a form."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+
+    def form(self) -> Form | None:
+        """None: the answer is free. Raises ApiError if several are asked for."""
+        forms = [
+            form for asks in (self.response_format, self.structured_outputs) if asks for form in asks.forms()
+        ]
+        for kind in _KINDS:
+            if (value := getattr(self, f"guided_{kind}")) is not None:
+                forms.append(Form(f"guided_{kind}", kind, value))
+        if len(forms) > 1:
+            raise together(forms[0].field, forms[1].field)
+        return forms[0] if forms else None
+
+
+def together(first: str, second: str) -> ApiError:
+    return ApiError(400, f"{first} and {second} cannot go together.", param=second)

@@ -1,0 +1,104 @@
+"""/tokenize and /detokenize, as vLLM has them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
+
+from deploy.api.openai.fields import Sent
+from deploy.api.openai.messages import Message, Tool
+from deploy.api.openai.requests import TokenIds
+
+
+class Tokens(Protocol):
+    """What this needs of router.tokenizer.Tokenizer. Used from any thread."""
+
+    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_rendered(self, text: str, /) -> list[int]: ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any],
+    ) -> str:
+        """Raises ValueError for messages that the model's template refuses."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str: ...
+
+    def pieces(self, token_ids: Sequence[int], /) -> list[str]: ...
+
+
+class TokenizeRequest(Sent):
+    """Of a text, or of a chat as the model's template writes it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+    )
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, fail_fast=True)
+    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _text_or_chat(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages must be given")
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError("add_special_tokens=true is for a prompt: a chat's template writes them itself")
+        if self.messages is None and self.tools:
+            raise ValueError("tools are for messages: only a chat's template can write them")
+        return self
+
+
+class DetokenizeRequest(Sent):
+    model: str | None = None
+    tokens: TokenIds
+
+
+class TokenizeResponse(TypedDict):
+    """token_strs: the vocabulary's own names of the tokens, if they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(TypedDict):
+    prompt: str
+
+
+def tokenized(body: TokenizeRequest, tokenizer: Tokens, *, max_model_len: int) -> TokenizeResponse:
+    """Raises ValueError for messages that the model's template refuses."""
+    tokens = _encode(body, tokenizer)
+    return {
+        "count": len(tokens),
+        "max_model_len": max_model_len,
+        "tokens": tokens,
+        "token_strs": tokenizer.pieces(tokens) if body.return_token_strs else None,
+    }
+
+
+def _encode(body: TokenizeRequest, tokenizer: Tokens) -> list[int]:
+    if body.prompt is not None:
+        return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    assert body.messages is not None
+    text = tokenizer.render_chat(
+        [message.for_template() for message in body.messages],
+        tools=[tool.for_template() for tool in body.tools],
+        add_generation_prompt=body.add_generation_prompt,
+        template_kwargs=body.chat_template_kwargs,
+    )
+    return tokenizer.encode_rendered(text)

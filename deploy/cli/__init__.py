@@ -1,0 +1,1 @@
+"""The command line: `sparkmoe serve`, `status`, `quantize`, `selftest`, and the demo."""

@@ -1,0 +1,62 @@
+"""How far the shards' loading is, on the terminal of `sparkmoe serve`."""
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from deploy.cli.cluster import tell
+from deploy.cli.readiness import loading_of
+from experts.progress import LINE_S, Progress
+
+
+class Loading:
+    """On a terminal a line that is written anew, gone at the end of this context; elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._written = False
+        self._told: dict[int, tuple[str, int]] = {}
+        self._line_at: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """shards: as in the detail of /ready."""
+        loading = {shard["rank"]: progress for shard in shards if (progress := loading_of(shard))}
+        if not loading:
+            self.clear()
+        elif self._on_terminal:
+            self._write(_sentence(loading)[: shutil.get_terminal_size().columns - 1])
+        else:
+            self._tell(loading)
+
+    def clear(self) -> None:
+        """For other lines, which come below."""
+        if self._written:
+            self._write("")
+            self._written = False
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\r{line}\x1b[K")
+        sys.stderr.flush()
+        self._written = True
+
+    def _tell(self, loading: Mapping[int, Progress]) -> None:
+        """A line if a shard has come a tenth further, none within the first LINE_S or so soon after another."""
+        now = time.monotonic()
+        if self._line_at is None:
+            self._line_at = now + LINE_S
+        tenths = {rank: (one.work, 10 * one.done // one.total) for rank, one in loading.items()}
+        if now >= self._line_at and tenths != self._told:
+            tell(_sentence(loading))
+            self._told, self._line_at = tenths, now + LINE_S
+
+
+def _sentence(loading: Mapping[int, Progress]) -> str:
+    return "loading: " + "; ".join(f"shard {rank}: {progress}" for rank, progress in loading.items())

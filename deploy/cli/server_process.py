@@ -1,0 +1,70 @@
+"""`sparkmoe serve` in a process of its own, for the demo and for tests."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP_S = 60
+
+
+class NotReady(Exception):
+    """The server ended, or was killed because the time was up, before it was ready. What it said is on stderr."""
+
+
+@contextlib.contextmanager
+def server_process(
+    config: Path,
+    *,
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    start_timeout_s: float,
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(URL, process) of a server that is ready, on a free port unless a setting names one.
+
+    At the end it is interrupted as Ctrl-C would, and killed if it does not stop: `returncode` is 0 if it did.
+    Raises NotReady.
+    """
+    settings = [f"http_options.port={free_port()}", *settings]
+    options = [part for setting in settings for part in ("--set", setting)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy", "serve", str(config), *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    try:
+        yield _wait_for_url(process, start_timeout_s), process
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for_url(process: subprocess.Popen[str], timeout_s: float) -> str:
+    assert process.stdout is not None
+    watchdog = threading.Timer(timeout_s, process.kill)  # reading a line has no timeout of its own
+    watchdog.start()
+    try:
+        ready = next((line for line in process.stdout if line.startswith("ready ")), None)
+    finally:
+        watchdog.cancel()
+    if ready is None:
+        raise NotReady(f"the server ended with {process.wait()} before it was ready")
+    return ready.split()[1]

@@ -1,0 +1,1 @@
+"""The Serve deployment that holds the engine, and the ingress's way to it."""

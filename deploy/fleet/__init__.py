@@ -1,0 +1,1 @@
+"""Who keeps the expert shards alive: the Fleet, its keepers, and the actors of the shards."""

@@ -1,0 +1,120 @@
+"""W4A16: NVFP4 weights, bfloat16 activations. T tokens, D hidden, K top-k, e local slots, I intermediate.
+
+The kernel reads weights in another order. B12xMoEWrapper would repack them at its first run and keep both; here each
+expert is repacked, by the library, as it comes, and the wrapper's own launch function gets the result.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experts.backends.b12x.layout import Scales, padded_intermediate
+from experts.backends.b12x.weights import B12xWeights
+from experts.weights import ExpertWeights, MoEShape
+
+_PER_EXPERT = ("w13", "w13_scale", "w13_global_scale", "w2", "w2_scale", "w2_global_scale")
+
+
+@dataclass(frozen=True, eq=False)
+class W4A16Workspaces:
+    """Scratch memory of the kernels, shared by all layers."""
+
+    num_slots: int
+    top_k: int
+    max_tokens: int
+    scratch: Any
+
+    @classmethod
+    def allocate(
+        cls, shape: MoEShape, num_slots: int, *, top_k: int, max_tokens: int, device: torch.device
+    ) -> "W4A16Workspaces":
+        from flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_dispatch import allocate_sm120_moe_workspace
+
+        scratch = allocate_sm120_moe_workspace(
+            state_E=num_slots,
+            weight_E=num_slots,
+            k=shape.hidden,
+            n=padded_intermediate(shape.intermediate),
+            num_topk=top_k,
+            device=device,
+            routed_rows=max_tokens * top_k,
+            quant_mode="w4a16",
+            activation="silu",
+        )
+        return cls(num_slots, top_k, max_tokens, scratch)
+
+
+class W4A16Layer:
+    """Repacked weights of all slots, written in place; nothing else holds them."""
+
+    def __init__(self, shape: MoEShape, num_slots: int, device: torch.device, *, scales: Scales) -> None:
+        self._one = B12xWeights(shape, 1, device, scales=scales, weights_only=True)
+        self._num_slots = num_slots
+        first = self._repack()
+        self.packed: Any = replace(
+            first,
+            **{name: _for_slots(getattr(first, name), num_slots) for name in _PER_EXPERT},
+            num_experts=num_slots,
+        )
+        self._workspaces: W4A16Workspaces | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        return self._workspaces is not None
+
+    def write_slot(self, slot: int, expert: ExpertWeights) -> None:
+        self._one.write_slot(0, expert)
+        new = self._repack()
+        for name in _PER_EXPERT:
+            getattr(self.packed, name)[slot].copy_(getattr(new, name)[0])
+
+    def bind(self, workspaces: W4A16Workspaces) -> None:
+        self._workspaces = workspaces
+
+    def run(self, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, out_TD: Tensor) -> None:
+        from flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_dispatch import launch_sm120_moe
+
+        assert self._workspaces is not None
+        one = self._one
+        launch_sm120_moe(
+            a=x_TD,
+            topk_ids=ids_TK,
+            topk_weights=w_TK,
+            w1_weight=one.w13,
+            w1_weight_sf=one.w13_scale,
+            w1_alpha=one.w13_alpha,
+            w2_weight=one.w2,
+            w2_weight_sf=one.w2_scale,
+            w2_alpha=one.w2_alpha,
+            num_experts=self._num_slots,
+            top_k=self._workspaces.top_k,
+            num_local_experts=self._num_slots,
+            scatter_output=out_TD,
+            quant_mode="w4a16",
+            _workspace=self._workspaces.scratch,
+            _prepared_weights=self.packed,  # stands in for all w1 and w2, of which it only reads I's size
+        )
+
+    def _repack(self) -> Any:
+        """The library's W4A16PackedWeights of the one expert."""
+        from flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_w4a16_prepare import (
+            prepare_w4a16_packed_weights,
+        )
+
+        one = self._one
+        return prepare_w4a16_packed_weights(
+            one.w13,
+            one.w13_scale,
+            one.w13_alpha,
+            one.w2,
+            one.w2_scale,
+            one.w2_alpha,
+            activation="silu",
+            params_dtype=torch.bfloat16,
+        )
+
+
+def _for_slots(of_one: Tensor, num_slots: int) -> Tensor:
+    return torch.zeros(num_slots, *of_one.shape[1:], dtype=of_one.dtype, device=of_one.device)

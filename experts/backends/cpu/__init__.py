@@ -1,0 +1,1 @@
+"""Backend `cpu`: NVFP4 experts in compiled loops."""

@@ -1,0 +1,249 @@
+"""Backend `triton`: NVFP4 W4A16 on any CUDA GPU that has bfloat16 (SM80 and up); weights stay 4.5 bits in memory.
+
+T tokens, D hidden, K top-k, e slots, I intermediate, P = T * K pairs, R: those of local experts. N outputs and K inputs of a
+matrix, J = K / 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from experts.backends import ExpertBackend
+from experts.backends.pairs import LocalPairs
+from experts.backends.triton import kernels as triton_kernels
+from experts.nvfp4 import GROUP
+from experts.progress import Progress
+from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
+
+kernels: Any = triton_kernels  # calls of Triton's language are not Python's
+
+MULTIPLE = 64
+"""Of D and I."""
+
+WARM_TOKENS = tuple(2**n for n in range(13))
+"""Numbers of tokens whose kernels are compiled before a shard takes requests; `tiles` has steps that are coarser."""
+
+MOVED = 1024
+"""Columns at a time of what is only moved or added up."""
+
+
+class Tiles(NamedTuple):
+    """Of a matrix: outputs, rows and bytes of inputs of a program's step; its warps; steps whose loads are in flight."""
+
+    outputs: int
+    rows: int
+    inputs: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        """As the kernels call them. With 16 rows and more the weights are the right operand, see `_product`."""
+        return {
+            "BLOCK_N": self.outputs,
+            "BLOCK_R": self.rows,
+            "BLOCK_J": self.inputs,
+            "STAGES": self.stages,
+            "ROWS_FIRST": self.rows >= 16,
+            "num_warps": self.warps,
+        }
+
+
+class TritonBackend(ExpertBackend):
+    """Four kernels a forward: arrange, gate_up, down, combine. No wait for the device."""
+
+    in_graph = True
+
+    def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        if reason := complaint(shape, dtype, device):
+            raise ValueError(reason)
+        self._shape, self._num_slots = shape, num_slots
+        self._layers = {layer: Layer(shape, num_slots, device) for layer in shape.moe_layers}
+        self._num_lists = triton.next_power_of_2(num_slots)
+        self._counts_e = torch.zeros(1 + self._num_lists, dtype=torch.int32, device=device)
+        self._total = torch.zeros(2, dtype=torch.int64, device=device)
+        self._first_slot = 0
+
+    def take_physical(self, first_slot: int) -> LocalPairs:
+        self._first_slot = first_slot
+        return CountedPairs(self._total)
+
+    def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
+        self._layers[layer].write(slot, weights)
+
+    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        sizes = {"D": self._shape.hidden, "I": self._shape.intermediate}
+        weights = self._layers[layer]
+        (num_tokens, top_k), num_pairs = local_TK.shape, local_TK.numel()
+        gate_up, down = tiles(self._shape, num_pairs)
+        num_blocks = min(num_pairs, self._num_slots + num_pairs // gate_up.rows)  # at most
+
+        arranged_TD = torch.empty_like(x_TD)
+        h_RI = x_TD.new_empty(num_pairs, sizes["I"])
+        y_PD = x_TD.new_empty(num_pairs, sizes["D"])
+        count, blocks_B4 = local_TK.new_empty(1), local_TK.new_empty(num_blocks, 4)
+        lists = (local_TK.new_empty(self._num_slots, num_pairs), num_pairs, blocks_B4, count)
+
+        moved = {"D": sizes["D"], "BLOCK_D": min(MOVED, triton.next_power_of_2(sizes["D"]))}
+        kernels.arrange[(num_tokens,)](
+            *(x_TD, local_TK, self._first_slot, self._num_slots),
+            *(self._counts_e, self._total, *lists, arranged_TD),
+            TOP_K=top_k,
+            LANES=triton.next_power_of_2(top_k),
+            NUM_LISTS=self._num_lists,
+            BLOCK_R=gate_up.rows,
+            **moved,
+        )
+        kernels.gate_up[(2 * sizes["I"] // gate_up.outputs, num_blocks)](
+            *(arranged_TD, *weights.gate_up, weights.scale_2_e3, *lists, h_RI),
+            TOP_K=top_k,
+            **(sizes | gate_up.options()),
+        )
+        kernels.down[(sizes["D"] // down.outputs, num_blocks)](
+            *(h_RI, *weights.down, weights.scale_2_e3, *lists, w_TK, y_PD),
+            **(sizes | down.options()),
+        )
+        kernels.combine[(num_tokens, triton.cdiv(sizes["D"], moved["BLOCK_D"]))](
+            *(y_PD, local_TK, self._first_slot, self._num_slots, out_TD), TOP_K=top_k, **moved
+        )
+
+    def warm(self, *, top_k: int) -> Iterator[Progress]:
+        """Compile each kernel for each size of tiles, a second or two each; Triton keeps them on disk."""
+        layer, device = self._shape.moe_layers[0], self._counts_e.device
+        first_of = {tiles(self._shape, num * top_k): num for num in reversed(WARM_TOKENS)}
+        for done, num_tokens in enumerate(sorted(first_of.values())):
+            yield Progress(done, len(first_of), "kernels", f"{num_tokens} tokens")
+            x_TD = torch.zeros(num_tokens, self._shape.hidden, dtype=torch.bfloat16, device=device)
+            nobody_TK = torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device)
+            w_TK = torch.zeros(num_tokens, top_k, device=device)
+            self.forward(layer, x_TD, nobody_TK, w_TK, out_TD=torch.empty_like(x_TD))
+        yield Progress(len(first_of), len(first_of), "kernels")
+
+
+def tiles(shape: MoEShape, num_pairs: int) -> tuple[Tiles, Tiles]:
+    """Of gate_up and of down, for so many pairs with experts of all shards: what was quickest on an H200.
+
+    Both have blocks of as many rows, the fewer the fewer pairs an expert has.
+    """
+    pairs = num_pairs / shape.num_experts
+    if pairs <= 6:
+        gate_up, down = Tiles(64, 8, 128, 4, 4), Tiles(64, 8, 128, 4, 3)
+    elif pairs <= 12:
+        gate_up, down = Tiles(128, 16, 128, 4, 3), Tiles(128, 16, 64, 4, 3)
+    elif pairs <= 24:
+        gate_up = down = Tiles(128, 32, 64, 4, 3)
+    elif pairs <= 128:
+        gate_up = down = Tiles(128, 64, 64, 4, 2)
+    else:
+        gate_up = down = Tiles(128, 128, 64, 4, 2)
+    return _fit(gate_up, 2 * shape.intermediate, shape.hidden), _fit(down, shape.hidden, shape.intermediate)
+
+
+def complaint(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """One sentence that says why the kernels cannot compute this here; None if they can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"backend triton needs a CUDA GPU of SM80 or newer, which {device} is not"
+    if dtype != torch.bfloat16:
+        return f"backend triton computes in bfloat16, not in {str(dtype).removeprefix('torch.')}; backend torch does"
+    if shape.hidden % MULTIPLE or shape.intermediate % MULTIPLE:
+        sizes = f"{shape.hidden} x {shape.intermediate}"
+        return f"backend triton needs experts whose sizes are multiples of {MULTIPLE}, these are {sizes}; backend torch does not"
+    return None
+
+
+class Matrix(NamedTuple):
+    """packed_eNJ: uint8, two codes a byte, see `pack`. scale_eNGh: e4m3 bits as uint8, those of inputs j and J + j side by side."""
+
+    packed_eNJ: Tensor
+    scale_eNGh: Tensor
+
+    @classmethod
+    def zeros(cls, num_slots: int, num_outputs: int, num_inputs: int, device: torch.device) -> "Matrix":
+        half = num_inputs // 2
+        sizes = (num_slots, num_outputs, half), (num_slots, num_outputs, half // GROUP, 2)
+        return cls(*(torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes))
+
+
+class CountedPairs(LocalPairs):
+    """`arrange` finds and counts them. total: int64 [2], PairCounts."""
+
+    in_graph = True
+
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
+
+    def local(self, phys_TK: Tensor) -> Tensor:
+        return phys_TK.contiguous()
+
+    def totals(self) -> Tensor:
+        return self._total.clone()
+
+
+class Layer:
+    """gate_up has 8 rows of gate and 8 of up in turn, at the positions that `down` expects as its inputs.
+
+    scale_2_e3: float32, of gate, up and down, times what the kernels leave out.
+    """
+
+    def __init__(self, shape: MoEShape, num_slots: int, device: torch.device) -> None:
+        self.gate_up = Matrix.zeros(num_slots, 2 * shape.intermediate, shape.hidden, device)
+        self.down = Matrix.zeros(num_slots, shape.hidden, shape.intermediate, device)
+        self.scale_2_e3 = torch.zeros(num_slots, 3, device=device)
+
+    def write(self, slot: int, weights: ExpertWeights) -> None:
+        in_turn = (tensor[slot].unflatten(0, (-1, 2, 8)).unbind(1) for tensor in self.gate_up)
+        for w, into in zip((weights.gate, weights.up), zip(*in_turn, strict=True), strict=True):
+            order_N = order_of(len(w.packed)).to(w.packed.device)
+            scale = w.scale.view(torch.uint8)[order_N].view(w.scale.dtype)
+            _write(replace(w, packed=w.packed[order_N], scale=scale), *into)
+        _write(weights.down, *(tensor[slot] for tensor in self.down))
+        scale_2 = torch.stack([w.scale_2.float() for w in (weights.gate, weights.up, weights.down)])
+        self.scale_2_e3[slot].copy_(scale_2 * 2.0**kernels.SCALE_SHIFT)
+
+
+@cache  # a model has two sizes, and thousands of matrices of each
+def order_of(num_inputs: int) -> Tensor:
+    """int64 [K]: which input stands at each position. Both halves are permuted in the same way.
+
+    Of every 16 positions a thread holds 4, in an operand of a tensor core. In a square of 4 groups of 16 inputs (of 2,
+    where J is no multiple of 64) all that one thread holds is of one group, whose scale it converts once.
+    """
+    half = num_inputs // 2
+    side = 4 if half % 64 == 0 else 2
+    sizes = (-1, side, 4 // side, side, 4)  # square, group, word // side, word % side, byte
+    at = torch.arange(half).reshape(sizes)
+    order_J = at.permute(0, 3, 1, 2, 4).flatten()
+    return torch.cat([order_J, half + order_J])
+
+
+def pack(low_NJ: Tensor, high_NJ: Tensor) -> Tensor:
+    """uint8 [N, J]: four codes of each in a 32-bit word, at the bits where the kernels want them.
+
+    A word has a pair's first code in its lower 16 bits and the second in its upper ones. Pairs a and b are low, c and d high.
+    Bits from the highest: a3 d3 d2 b3 d1 d0 c3 a2 a1 a0 b2 b1 b0 c2 c1 c0.
+    """
+    (a, b), (c, d) = (codes.int().unflatten(-1, (-1, 2, 2)).unbind(-2) for codes in (low_NJ, high_NJ))
+    signs = a >> 3 << 15 | d >> 3 << 14 | b >> 3 << 12 | c >> 3 << 9
+    pairs = signs | (d >> 2 & 1) << 13 | (d & 3) << 10 | (a & 7) << 6 | (b & 7) << 3 | c & 7
+    return (pairs[..., 0] | pairs[..., 1] << 16).view(torch.uint8)
+
+
+def _write(w: Nvfp4Weight, packed_NJ: Tensor, scale_NGh: Tensor) -> None:
+    codes_NK = torch.stack([w.packed & 0xF, w.packed >> 4], dim=-1).flatten(1)
+    low_NJ, high_NJ = codes_NK[:, order_of(codes_NK.shape[1]).to(codes_NK.device)].chunk(2, dim=1)
+    packed_NJ.copy_(pack(low_NJ, high_NJ).view_as(packed_NJ))
+    scale_NGh.copy_(torch.stack(w.scale.view(torch.uint8).chunk(2, dim=1), dim=-1).view_as(scale_NGh))
+
+
+def _fit(tiles: Tiles, num_outputs: int, num_inputs: int) -> Tiles:
+    """Tiles that divide the matrix."""
+    outputs, inputs = tiles.outputs, tiles.inputs
+    while num_outputs % outputs:
+        outputs //= 2
+    while num_inputs // 2 % inputs:
+        inputs //= 2
+    return tiles._replace(outputs=outputs, inputs=inputs)

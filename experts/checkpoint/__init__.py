@@ -1,0 +1,1 @@
+"""Checkpoints on disk: what is where, read and written."""

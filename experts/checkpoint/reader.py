@@ -1,0 +1,142 @@
+"""What a checkpoint directory holds: ExpertCheckpoint reads routed experts one at a time, trunk_tensors() the rest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experts.checkpoint.hf_config import read_config
+from experts.checkpoint.index import CheckpointIndex
+from experts.checkpoint.layouts import PARTS, ExpertTensor, count_layers, layer_of, parse_expert
+from experts.checkpoint.tensor_files import TensorFiles
+from experts.nvfp4 import GROUP, dequantize
+from experts.progress import Report, each, silent
+from experts.weights import ExpertWeights, Nvfp4Weight
+
+
+class ExpertCheckpoint(CheckpointIndex):
+    """Reads from disk only the experts that are asked for. For one thread; what it returns owns its memory.
+
+    Raises ValueError, naming file, tensor or expert, for a checkpoint that is broken or not supported.
+    """
+
+    _framework = "pt"
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """An NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken."""
+        if self.format == "dense":
+            raise ValueError(
+                f"{self.path}: experts are not quantised; run `sparkmoe quantize {self.path} DST`"
+            )
+        gate, up, down = self._matrices(layer, expert)
+        input_scale = down_input_scale = None
+        if not self.weights_only:
+            input_scale = torch.maximum(self._input_scale(gate), self._input_scale(up))
+            down_input_scale = self._input_scale(down)
+        return ExpertWeights(
+            self._nvfp4(gate), self._nvfp4(up), self._nvfp4(down), input_scale, down_input_scale
+        )
+
+    def read_dense(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """gate [I, D], up [I, D] and down [D, I] of an expert that is not quantised, in the checkpoint's dtype."""
+        if self.format != "dense":
+            raise ValueError(f"{self.path}: experts are already quantised ({self.format})")
+        gate, up, down = (self._read(m, m.size(self.shape), _FLOATS) for m in self._matrices(layer, expert))
+        return gate, up, down
+
+    def _nvfp4(self, matrix: ExpertTensor) -> Nvfp4Weight:
+        parts = PARTS[self.format]
+        num_rows, num_cols = matrix.size(self.shape)
+        return Nvfp4Weight(
+            self._read(matrix._replace(part=parts.packed), (num_rows, num_cols // 2), (torch.uint8,)),
+            self._read(
+                matrix._replace(part=parts.scale), (num_rows, num_cols // GROUP), (torch.float8_e4m3fn,)
+            ),
+            self._multiplier(matrix._replace(part=parts.scale_2)),
+        )
+
+    def _input_scale(self, matrix: ExpertTensor) -> Tensor:
+        return self._multiplier(matrix._replace(part=PARTS[self.format].input_scale))
+
+    def _multiplier(self, tensor: ExpertTensor) -> Tensor:
+        """float32 []."""
+        value = self._read(tensor, (), (torch.float32,))
+        return value.reciprocal() if PARTS[self.format].inverse else value
+
+    def _read(self, tensor: ExpertTensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        """Raises ValueError if the tensor has another shape or dtype; a scalar may be stored as [1]."""
+        name, index = self._locate(tensor)
+        value = self.files.read(name, *index)
+        value = value.T.contiguous() if self._k_first and value.ndim == 2 else value
+        value = value.reshape(()) if value.numel() == 1 and not shape else value
+        if tuple(value.shape) != shape or value.dtype not in dtypes:
+            raise ValueError(
+                f"{self.path}: {name} gives layer {tensor.layer}, expert {tensor.expert} a {value.dtype} tensor of "
+                f"shape {list(value.shape)}, but {list(shape)} of {dtypes[0]} was expected"
+            )
+        return value
+
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def trunk_tensors(
+    path: Path, *, dtype: torch.dtype = torch.bfloat16, report: Report = silent
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model that is not a routed expert's, with the name that the dense model gives it.
+
+    NVFP4 and FP8 weights are dequantised to `dtype`; others come as they are stored. Scales are consumed, and
+    layers of multi-token prediction left out. Raises ValueError for a weight quantised in another way.
+    """
+    with TensorFiles(path) as files:
+        num_layers = count_layers(files, stated=read_config(path).num_layers)
+        names = [
+            name
+            for name in files
+            if not parse_expert(name) and (layer_of(name) or 0) < num_layers and not name.endswith(_CONSUMED)
+        ]
+        for name in each(names, "tensors", report):
+            yield name.replace(".weight_packed", ".weight"), _read_trunk(files, name, dtype)
+
+
+_CONSUMED = (
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".weight_global_scale",
+    ".input_scale",
+    ".input_global_scale",
+    ".output_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+)
+"""Scales of weights, and of activations and a KV cache that the trunk does not quantise."""
+
+
+def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
+    stem = name.rpartition(".")[0]
+    value = files.read(name)
+    if name.endswith(".weight_packed") and f"{stem}.weight_global_scale" in files:
+        scale_2 = files.read(f"{stem}.weight_global_scale").reciprocal().reshape(())
+        return dequantize(Nvfp4Weight(value, files.read(f"{stem}.weight_scale"), scale_2), dtype)
+    if value.dtype == torch.uint8 and f"{stem}.weight_scale_2" in files:
+        scale_2 = files.read(f"{stem}.weight_scale_2").reshape(())
+        return dequantize(Nvfp4Weight(value, files.read(f"{stem}.weight_scale"), scale_2), dtype)
+    if value.dtype == torch.float8_e4m3fn and f"{stem}.weight_scale" in files:
+        return _dequantize_fp8(value, files.read(f"{stem}.weight_scale"), name=f"{files.path}: {name}").to(
+            dtype
+        )
+    if value.is_floating_point() and value.element_size() > 1 and not name.endswith(".pre_quant_scale"):
+        return value
+    raise ValueError(f"{files.path}: {name} ({value.dtype}) is quantised in a way that is not supported")
+
+
+def _dequantize_fp8(value_NK: Tensor, scale: Tensor, *, name: str) -> Tensor:
+    """float32; scale: of the whole matrix, or one for each row."""
+    if tuple(scale.shape) not in ((), (1,), (len(value_NK),), (len(value_NK), 1)):
+        raise ValueError(
+            f"{name} has FP8 scales of shape {list(scale.shape)}; per tensor and per row are supported"
+        )
+    return value_NK.float() * scale.float().reshape(-1, 1)

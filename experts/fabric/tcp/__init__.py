@@ -1,0 +1,1 @@
+"""Fabric `tcp`: a star of sockets between the router and its shards."""

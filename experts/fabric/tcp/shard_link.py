@@ -1,0 +1,151 @@
+"""The router's socket to one shard: one frame out, one answer in, under a step's deadlines."""
+
+import logging
+import socket
+import time
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from experts.fabric import ShardAddress, Waited
+from experts.fabric.tcp.frames import BadFrame, Form, LayerFrame, PartialFrame, layer_of
+from experts.fabric.tcp.handshake import prove_router
+from experts.fabric.tcp.open_sockets import OpenSockets
+from experts.fabric.tcp.sockets import Deadline, prepare, receive_frame, send_frame, set_kernel_timeout
+
+logger = logging.getLogger(__name__)
+
+SPIN_S = 60e-6
+"""The whole way of a small layer. A router that waits for longer gives its core up: a shard may be waiting for it."""
+
+ANSWER_GRACE = 0.1
+"""At least this part of dead_s is there to read an answer: links are read in turn, so that may begin late."""
+
+
+class Patience(NamedTuple):
+    """How long a shard may take over one layer: it is reported after slow_s and dead after dead_s."""
+
+    slow_s: float
+    dead_s: float
+
+
+class ShardLink:
+    """Used by one thread, but for `waited`. Owns its socket, one of `sockets`, and the memory of the shard's last answer."""
+
+    def __init__(self, address: ShardAddress, sock: socket.socket, sockets: OpenSockets) -> None:
+        self.address = address
+        self._socket = sock
+        self._sockets = sockets
+        self._reply = PartialFrame(pinned=torch.cuda.is_available())
+        self._owes_answer = False
+        self._patience = Patience(slow_s=0.0, dead_s=0.0)
+        self._wakes_after_s = 0.0
+        self._step = -1
+        self._reported = False
+        self._began_at = 0.0
+        self._sent_at = 0.0
+        self._num_answers = 0
+        self._waited_s = 0.0
+
+    @classmethod
+    def open(cls, address: ShardAddress, sockets: OpenSockets, *, timeout_s: float) -> Self:
+        """Connect and shake hands. Raises OSError or FabricError."""
+        deadline = Deadline(timeout_s)
+        sock = sockets.connect(address, timeout_s=timeout_s)
+        try:
+            prepare(sock)
+            prove_router(sock, name=address.name, token=address.token, within_s=deadline.left_s())
+        except BaseException:
+            sockets.close(sock)
+            raise
+        return cls(address, sock, sockets)
+
+    @property
+    def idle(self) -> bool:
+        """Open, and owes nothing: an answer that is still on its way would be taken for the next one."""
+        if self._owes_answer:
+            return False
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:  # a reset, or a host that cannot be reached any more
+            return False
+        return False  # the end of the stream, or bytes that nobody asked for
+
+    def begin(self, step: int, patience: Patience) -> None:
+        """For the layers that follow."""
+        self._step = step
+        self._reported = False
+        if patience != self._patience:
+            self._patience = patience
+            set_kernel_timeout(self._socket, socket.SO_SNDTIMEO, patience.dead_s)
+        self._wake_after(patience.slow_s)
+
+    def send(self, request: LayerFrame) -> None:
+        """Raises OSError."""
+        self._owes_answer = True
+        self._began_at = time.monotonic()
+        send_frame(self._socket, request.frame, keep_waiting=self._keep_sending)
+        self._sent_at = time.monotonic()
+
+    def receive(self, request: LayerFrame) -> Tensor:
+        """The partial sums that answer this request: [T, D], this link's memory, until the next receive.
+
+        Raises OSError or FabricError.
+        """
+        reply = self._reply
+        if reply.shape != request.shape:
+            reply.lay_out(request.shape)
+        self._awaiting = request
+        self._began_at = time.monotonic()
+        receive_frame(
+            self._socket, reply, accept=_nothing_else, keep_waiting=self._keep_receiving, spin_s=SPIN_S
+        )
+        if reply.moment != request.moment:
+            raise BadFrame("an answer to another layer")
+        self._owes_answer = False
+        self._num_answers += 1
+        self._waited_s += time.monotonic() - self._began_at
+        return reply.partial_TD
+
+    def waited(self) -> Waited:
+        """From any thread."""
+        return Waited(self._num_answers, self._waited_s)
+
+    def close(self) -> None:
+        self._sockets.close(self._socket)
+
+    def _keep_sending(self) -> None:
+        if time.monotonic() >= self._began_at + self._patience.dead_s:
+            raise TimeoutError(f"took no bytes for {self._patience.dead_s:.3g} s")
+
+    def _keep_receiving(self) -> None:
+        now = time.monotonic()
+        waited_s = now - self._sent_at
+        slow_s, dead_s = self._patience
+        give_up_at = max(self._sent_at + dead_s, self._began_at + dead_s * ANSWER_GRACE)
+        if now >= give_up_at:
+            raise TimeoutError(f"no answer for {waited_s:.3g} s")
+        if waited_s < slow_s:
+            self._wake_after(slow_s - waited_s)
+            return
+        self._wake_after(give_up_at - now)
+        if not self._reported:
+            self._reported = True
+            who, layer = f"shard {self.address.rank} ({self.address.name})", layer_of(self._awaiting)
+            logger.warning(
+                "%s is slow: no answer for %.3g s to step %d, layer %d", who, waited_s, self._step, layer
+            )
+
+    def _wake_after(self, seconds: float) -> None:
+        """A receive that gets nothing for so long asks _keep_receiving."""
+        if seconds != self._wakes_after_s:
+            self._wakes_after_s = seconds
+            set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
+
+
+def _nothing_else(_: Form) -> bool:
+    """The reply's buffer is laid out for the only form that an answer may have."""
+    return False

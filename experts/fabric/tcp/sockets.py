@@ -1,0 +1,208 @@
+"""Frames through a blocking socket, with the kernel's own timeouts (Python's would cost a poll per call)."""
+
+import errno
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from experts.fabric import FabricError
+from experts.fabric.tcp.frames import HEADER_BYTES, BadFrame, Form, FrameBuffer, Kind
+
+KEEPALIVE_IDLE_S = 5
+KEEPALIVE_INTERVAL_S = 2
+KEEPALIVE_PROBES = 3
+
+UNIX_BUFFER_BYTES = 4 << 20
+"""What a sender may be ahead of its reader. The system's limit, net.core.wmem_max, is lower on most machines."""
+
+
+class PeerError(FabricError):
+    """The sentence of an ERROR frame: what the peer says it could not do."""
+
+
+class Deadline:
+    """A keep_waiting that gives up some seconds after its making."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    def __call__(self) -> None:
+        self.left_s()
+
+    def left_s(self) -> float:
+        """Above zero. Raises TimeoutError once nothing is left."""
+        left_s = self._at - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"no answer within {self._seconds:.1f} s")
+        return left_s
+
+
+def listen_here(name: str) -> socket.socket:
+    """A Unix socket that listens under this abstract name, for whoever shares our network namespace."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind("\0" + name)
+    sock.listen()
+    return sock
+
+
+def connect_here(name: str) -> socket.socket | None:
+    """To who listens here under this name, or None. Waits for nobody."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    if sock.connect_ex("\0" + name) == 0:
+        return sock
+    sock.close()
+    return None
+
+
+def start_connecting(host: str, port: int) -> socket.socket:
+    """A TCP socket on its way to this peer: from now on `shut` ends it. Waits for nobody if host is an address."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        _raise_os_error(sock.connect_ex((host, port)), unless=errno.EINPROGRESS)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def finish_connecting(sock: socket.socket, *, timeout_s: float) -> None:
+    """Raises OSError, also once it is shut."""
+    ready = select.poll()
+    ready.register(sock, select.POLLOUT)
+    if not ready.poll(timeout_s * 1000):
+        raise TimeoutError(f"no connection within {timeout_s:.1f} s")
+    _raise_os_error(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+
+def prepare(sock: socket.socket) -> None:
+    """Blocking; a Unix socket with room for a layer, as far as the system allows; TCP without Nagle's delay.
+
+    A TCP peer that falls silent (power loss sends no RST) ends the link within 11 s. That is while it owes no acknowledgement; while it does, the kernel sends again for 15 minutes instead. No
+    TCP_USER_TIMEOUT: it would overrule the 11 s, and end links to a living peer that only does not read for a while.
+    """
+    sock.setblocking(True)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """option: SO_RCVTIMEO or SO_SNDTIMEO. At least a millisecond; 0 waits for ever, which is how sockets are born."""
+    micros = max(1000, round(seconds * 1e6)) if seconds else 0
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(micros, 1_000_000)))
+
+
+def send_frame(sock: socket.socket, frame: memoryview, *, keep_waiting: Callable[[], None]) -> None:
+    """Send all bytes. keep_waiting: called after each time-out and each partial write; it raises to give up."""
+    sent = _send_some(sock, frame)
+    while sent < len(frame):
+        keep_waiting()
+        sent += _send_some(sock, frame[sent:])
+
+
+def receive_frame(
+    sock: socket.socket,
+    buffer: FrameBuffer,
+    *,
+    accept: Callable[[Form], bool],
+    keep_waiting: Callable[[], None],
+    spin_s: float = 0.0,
+) -> Form | None:
+    """Read one frame into `buffer`. Returns None if it has the form that the buffer is laid out for, else its form.
+
+    The first read takes what has arrived, so a small frame costs one system call. It cannot cut into a next frame,
+    because no peer sends one before it has an answer to the first.
+    accept: judges another form before the payload gets any memory; ERROR frames need no leave.
+    keep_waiting: called after each time-out and each read that was short; it raises to give up.
+    spin_s: how long to ask again and again before sleeping; to wake a sleeper takes longer than a small frame's way.
+    Raises BadFrame, PeerError for an ERROR frame, ConnectionError at the end of the stream.
+    """
+    received = receive_some(sock, buffer.view, spin_s)
+    if received == len(buffer.frame) and buffer.form == buffer.known_form:
+        return None
+    while received < HEADER_BYTES:
+        keep_waiting()
+        received += receive_some(sock, buffer.view[received:], spin_s)
+    form = Form.unpack(buffer.form)
+    known = buffer.form == buffer.known_form
+    if not (known or form.kind is Kind.ERROR or accept(form)):
+        raise BadFrame(f"unexpected frame: {form}")
+    total = HEADER_BYTES + form.payload_bytes
+    if received > total:
+        raise BadFrame(f"{received - total} bytes after a frame that has no answer yet: {form}")
+    buffer.reserve(form.payload_bytes, keep=received)
+    while received < total:
+        keep_waiting()
+        received += receive_some(sock, buffer.view[received:total], spin_s)
+    if form.kind is Kind.ERROR:
+        raise PeerError(str(buffer.view[HEADER_BYTES:total], "utf-8", "replace"))
+    return None if known else form
+
+
+def receive_some(sock: socket.socket, view: memoryview, spin_s: float) -> int:
+    """What has arrived; 0 once SO_RCVTIMEO has passed, of which it spins for spin_s at first.
+
+    Raises ConnectionError at the end of the stream.
+    """
+    received = _spin(sock, view, spin_s)
+    if received is None:
+        try:
+            received = sock.recv_into(view)
+        except BlockingIOError:
+            return 0
+    if received == 0:
+        raise ConnectionResetError("it closed the link")
+    return received
+
+
+def shut(sock: socket.socket) -> None:
+    """Wake every thread that waits on this socket; they find it at its end. The owner still has to close it."""
+    with suppress(OSError):  # it never was connected, or its peer was faster
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def ms_since_ack(sock: socket.socket) -> int:
+    """How long ago the peer's kernel last acknowledged anything, keepalive and window probes included."""
+    if sock.family == socket.AF_UNIX:
+        return 0  # the peer's kernel is our own
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_RECV + 4)
+    return int.from_bytes(info[_LAST_ACK_RECV:], sys.byteorder)
+
+
+_LAST_ACK_RECV = 56  # of struct tcp_info
+
+
+def _raise_os_error(code: int, *, unless: int = 0) -> None:
+    if code not in (0, unless):
+        raise OSError(code, os.strerror(code))
+
+
+def _send_some(sock: socket.socket, frame: memoryview) -> int:
+    try:
+        return sock.send(frame)
+    except BlockingIOError:  # SO_SNDTIMEO passed
+        return 0
+
+
+def _spin(sock: socket.socket, view: memoryview, spin_s: float) -> int | None:
+    """What has arrived within spin_s, or None. Whoever waits for this core gets it in between."""
+    sleep_at = time.perf_counter() + spin_s
+    while time.perf_counter() < sleep_at:
+        try:
+            return sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            os.sched_yield()
+    return None

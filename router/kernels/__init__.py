@@ -1,0 +1,1 @@
+"""Compiled kernels of the router: numba loops for a CPU, Triton for a GPU."""

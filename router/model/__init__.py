@@ -1,0 +1,1 @@
+"""The dense part of the model: transformers' modelling code with our attention and kernels hooked in."""

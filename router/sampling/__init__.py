@@ -1,0 +1,1 @@
+"""From logits to the next token, and the grammars that bound the choice."""

@@ -1,0 +1,243 @@
+"""Between text and token ids, for one checkpoint: Tokenizer for whole texts, Detokenizer as tokens are generated."""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from router.request import SamplingParams
+from router.text.stop_strings import StopStrings
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a single byte
+_UNFINISHED = "\ufffd"  # what decoding makes of the bytes of an incomplete character
+_PROMPT_TAIL = 8  # tokens: more than the bytes of a character, and enough that a text has begun
+
+
+class Tokenizer:
+    """A checkpoint directory's tokenizer. Never reaches for the network; any thread may use it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Raises ValueError if the directory does not exist or holds only a tokenizer written in Python.
+
+        Errors of a broken tokenizer are transformers' own.
+        """
+        self._hf = _load(checkpoint)
+        # Used directly: transformers' wrapper sets truncation and padding on each call, which is not thread safe.
+        self._fast = self._hf.backend_tokenizer
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        added = self._fast.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        decoder = self._fast.decoder
+        self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
+
+    def to_json(self) -> str:
+        """Everything that another implementation must know, as in tokenizer.json."""
+        return self._fast.to_str()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With what the checkpoint puts around a text, such as a beginning-of-sequence token, unless told not to."""
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """render_chat, encoded."""
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
+        return self.encode_rendered(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """What render_chat wrote: the template itself writes the tokens around a text."""
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    @property
+    def chat_template(self) -> str:
+        """The checkpoint's template as it stands there, all of them if it has several; "" if it has none."""
+        template = self._hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The chat as the checkpoint's template writes it, in transformers' jinja sandbox.
+
+        messages: OpenAI's, with "role" and "content"; the arguments of calls among them are mappings. tools: that the
+        model may call, as OpenAI's. add_generation_prompt: end where the assistant speaks. template_kwargs: further
+        variables of the template, such as enable_thinking.
+        Raises ValueError if the model has no template, or the template refuses what it is given.
+        """
+        if not self._hf.chat_template:
+            raise ValueError("this model has no chat template: use a text completion instead of a chat")
+        variables = dict(template_kwargs or {})
+        reserved = sorted(
+            variables.keys() & inspect.signature(self._hf.apply_chat_template).parameters.keys()
+        )
+        if reserved:
+            raise ValueError(f"chat template variables {reserved} are reserved")
+        try:
+            text = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **variables,
+            )
+        except Exception as error:  # a template may raise anything on messages that it does not expect
+            raise ValueError(f"the chat template failed: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Without special tokens unless told; ids that the tokenizer does not know are no text; broken UTF-8 becomes U+FFFD."""
+        return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own names of tokens, such as `Ġthe`; "" for an unknown id."""
+        return [self._fast.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def token_text(self, token_id: int) -> str:
+        """Of one token, special ones and leading spaces included; part of a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text in UTF-8: perhaps part of a character. Empty for an unknown id."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        piece = self._fast.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if self._is_byte_level and _BYTE_OF.keys() >= set(piece):
+            return bytes(_BYTE_OF[character] for character in piece)
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        decoder = self._fast.decoder
+        # Behind another piece, since a decoder may strip the space that begins a text.
+        return (piece if decoder is None else decoder.decode(["x", piece])[1:]).encode()
+
+
+class Detokenizer:
+    """The text of one request. Special tokens add none.
+
+    Not tokenizers' DecodeStream: it cannot be flushed, it raises on byte-fallback tokens that are not UTF-8, and it
+    repeats the last character of a prompt that ends within one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = StopStrings(stop)
+        # A token's text depends on the tokens before it: a decoder joins bytes, and drops the space that begins a
+        # text. So the pending ones are decoded behind a context; _shown is what the client has of the two together.
+        self._context = self._visible(prompt[-_PROMPT_TAIL:])
+        self._pending: list[int] = []
+        self._shown = tokenizer.decode(self._context)
+        while self._shown.startswith(
+            _UNFINISHED
+        ):  # cut within a character, which can spoil all bytes that follow
+            self._context = self._context[1:]
+            self._shown = tokenizer.decode(self._context)
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that has appeared: the text is complete and whatever follows is ignored."""
+        return self._stop.found
+
+    def push(self, token_ids: Sequence[int], *, may_stop: bool = True) -> str:
+        """The text that is now certain. Keeps back an incomplete character and what may begin a stop string.
+
+        may_stop: false while no stop string counts that begins in this text.
+        """
+        tokens = self._visible(token_ids)
+        if not tokens:
+            return ""
+        self._pending += tokens
+        text = self._tokenizer.decode(self._context + self._pending)
+        whole = text.rstrip(_UNFINISHED)
+        # Only the prompt's text may end unfinished, and these tokens complete its character.
+        known = self._shown if whole.startswith(self._shown) else self._shown.rstrip(_UNFINISHED)
+        new = whole[len(known) :]
+        if whole == text:
+            self._context, self._pending = self._pending, []
+            self._shown = self._tokenizer.decode(self._context)
+        elif new:
+            self._shown = whole
+        return self._stop.push(new) if may_stop else new
+
+    def flush(self) -> str:
+        """The rest, when no more tokens come. As in vLLM, bytes of an incomplete character are dropped, and so is a
+        U+FFFD that the model itself wrote last."""
+        return self._stop.flush()
+
+    def _visible(self, token_ids: Sequence[int]) -> list[int]:
+        return [token for token in token_ids if token not in self._tokenizer.special_ids]
+
+
+_MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_defaults(checkpoint: Path) -> SamplingParams:
+    """How the model's makers sample from it, in generation_config.json: for what a request does not say, as in vLLM.
+
+    Raises ValueError naming the file for a value that no request could ask for.
+    """
+    file = checkpoint / "generation_config.json"
+    given = json.loads(file.read_text()) if file.exists() else {}
+    own = {name: given[name] for name in _MODELS_OWN if given.get(name) is not None}
+    try:
+        return SamplingParams(**own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def eos_token_ids(checkpoint: Path) -> frozenset[int]:
+    """The tokens that end a text: of generation_config.json, else of config.json, else of the tokenizer.
+
+    Empty: the model has none. Raises ValueError as Tokenizer does, if it comes to that.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = checkpoint / name
+        eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    eos = _load(checkpoint).eos_token_id
+    return frozenset([eos]) if isinstance(eos, int) else frozenset()
+
+
+def _load(checkpoint: Path) -> PreTrainedTokenizerFast:
+    if not checkpoint.is_dir():  # transformers would take the path for a name on the hub
+        raise ValueError(f"{checkpoint} is not a directory")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"{checkpoint}: {type(tokenizer).__name__} has no tokenizer.json that tokenizers can read"
+        )
+    return tokenizer
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's names for bytes: printable Latin-1 characters are themselves, the others U+0100 onwards, in order."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

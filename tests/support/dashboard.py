@@ -1,0 +1,21 @@
+"""deploy/grafana/sparkmoe.json, as tests look at it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parents[2] / "deploy" / "grafana" / "sparkmoe.json"
+
+
+def dashboard() -> dict[str, Any]:
+    return json.loads(FILE.read_text())
+
+
+def expressions() -> list[str]:
+    return [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+
+
+def metrics_shown() -> set[str]:
+    """As Prometheus knows them: with Ray's prefix, and a histogram's `_bucket`."""
+    return {name for expression in expressions() for name in re.findall(r"ray_\w+", expression)}
