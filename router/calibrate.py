@@ -16,7 +16,8 @@ from torch import Tensor
 
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.progress import Progress, Report, show, silent
-from router.cache.kv_cache import BlockTables, KVCache
+from router.cache.block_tables import BlockTables
+from router.cache.kv_cache import KVCache
 from router.model.attention import Chunk, PagedAttention, plan_attention
 from router.model.trunk import Trunk
 from router.text.tokenizer import Tokenizer

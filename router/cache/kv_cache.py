@@ -4,114 +4,15 @@ R rows (one per running request), N blocks of a row, S slots (num_blocks * block
 """
 
 import os
-from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from router.cache.block_pool import BlockPool
 from router.cache.fp8 import E4M3
 from router.config import KVCacheConfig
 from router.model_config import TrunkShape
-
-
-class BlockTables:
-    """Which blocks each running request holds, in the order of its tokens. Accounting only: no keys, no values."""
-
-    def __init__(self, *, num_blocks: int, block_size: int, max_requests: int, max_tokens: int) -> None:
-        self.block_size = block_size
-        self.num_blocks = num_blocks
-        self.table_RN = np.zeros((max_requests, -(-max_tokens // block_size)), np.int64)
-        self._pool = BlockPool(num_blocks)
-        self._held_R: list[list[int]] = [[] for _ in range(max_requests)]
-        self._num_reserved_R = [0] * max_requests  # tokens
-        self._num_proven_R = [0] * max_requests  # tokens
-        self._free_rows = list(range(max_requests))[::-1]
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Held by no row. Among them are those of the prefix cache, which are given away when no others are left."""
-        return self._pool.num_free
-
-    @property
-    def num_free_rows(self) -> int:
-        return len(self._free_rows)
-
-    def take_row(self) -> int | None:
-        """A row for a new request, or None if max_requests run already."""
-        return self._free_rows.pop() if self._free_rows else None
-
-    def num_found(self, keys: Sequence[bytes]) -> int:
-        """How many of the first of these blocks the prefix cache has."""
-        return next((n for n, key in enumerate(keys) if self._pool.find(key) is None), len(keys))
-
-    def share(self, row: int, keys: Sequence[bytes]) -> None:
-        """Let a row that holds nothing begin with these blocks, all of which the prefix cache has."""
-        for key in keys:
-            block = self._pool.find(key)
-            assert block is not None
-            self._pool.hold(block)
-            self._append(row, block)
-        self._num_reserved_R[row] = self._num_proven_R[row] = len(keys) * self.block_size
-
-    def reserve(self, row: int, num_tokens: int, *, spare: int = 0) -> bool:
-        """Make the row hold at least num_tokens and leave `spare` blocks; False, and nothing changed, if they are short."""
-        missing = -(-num_tokens // self.block_size) - len(self._held_R[row])
-        if missing > 0 and missing + spare > self._pool.num_free:
-            return False
-        for _ in range(missing):
-            self._append(row, self._pool.take())
-        self._num_reserved_R[row] = max(self._num_reserved_R[row], num_tokens)
-        return True
-
-    def prove(self, row: int, num_tokens: int, keys: Sequence[bytes]) -> None:
-        """Keys and values of the row's first tokens are final and finite. Its full blocks, whose keys these are, may be shared."""
-        for place in range(self._num_proven_R[row] // self.block_size, num_tokens // self.block_size):
-            self._pool.publish(self._held_R[row][place], keys[place])
-        self._num_proven_R[row] = num_tokens
-
-    def release(self, row: int) -> None:
-        """Give the row and its blocks back, the last tokens' first: they are of use to the fewest."""
-        proven, reserved = self._num_proven_R[row], self._num_reserved_R[row]
-        first_doubtful = proven // self.block_size if reserved > proven else len(self._held_R[row])
-        for place, block in reversed(list(enumerate(self._held_R[row]))):
-            self._pool.release(block, doubtful=place >= first_doubtful)
-        self._held_R[row] = []
-        self._num_reserved_R[row] = self._num_proven_R[row] = 0
-        self._free_rows.append(row)
-
-    def slots(self, row: int, start: int, end: int) -> np.ndarray:
-        """int64 [end - start]: the slots of a row's tokens at these positions."""
-        position = np.arange(start, end)
-        return self.table_RN[row, position // self.block_size] * self.block_size + position % self.block_size
-
-    def slots_to_erase(self) -> np.ndarray:
-        """int64: slots given out since the last call that may hold NaN, for whoever writes the next step."""
-        blocks = np.array(self._pool.drain_to_erase(), np.int64)
-        return (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()
-
-    def check_integrity(self) -> None:
-        """Every block is held by the rows in whose tables it stands, or free; else AssertionError."""
-        num_holders = [0] * self.num_blocks
-        for block in chain.from_iterable(self._held_R):
-            num_holders[block] += 1
-        self._pool.check_integrity(num_holders)
-        assert len(set(self._free_rows)) == len(self._free_rows), "a row was given back twice"
-        for row, blocks in enumerate(self._held_R):
-            assert self.table_RN[row, : len(blocks)].tolist() == blocks, f"row {row}"
-            assert len(set(blocks)) == len(blocks), f"row {row} holds a block twice"
-            assert not (blocks and row in self._free_rows), f"row {row} is free but holds blocks"
-            assert self._num_proven_R[row] <= self._num_reserved_R[row] <= len(blocks) * self.block_size, (
-                f"row {row}"
-            )
-
-    def _append(self, row: int, block: int) -> None:
-        held = self._held_R[row]
-        self.table_RN[row, len(held)] = block
-        held.append(block)
 
 
 class LayerCache(NamedTuple):

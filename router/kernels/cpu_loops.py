@@ -1,11 +1,10 @@
-"""Compiled loops for what a decode step on a CPU would otherwise spend most of its time starting.
+"""Compiled loops for the small operations of a decode step on a CPU, which would cost more to start one by one.
 
 numba compiles them for this machine when the module is first imported and keeps the result on disk. Float32 only.
 T rows of a step, B decoding requests, N blocks of a table, S slots of the cache, H query heads, G KV heads, D head dim.
 """
 
 import numpy as np
-import torch
 from numba import njit
 
 from experts.cpu_math import exp
@@ -14,11 +13,6 @@ Array = np.ndarray
 
 _heads = "float32[:,:,::1]"
 _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
-
-
-def computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether these loops are for tensors of this dtype on this device."""
-    return dtype == torch.float32 and device.type == "cpu"
 
 
 @njit("void(float32[:,::1], float32[::1], float64, float32[:,::1])", **_fast)

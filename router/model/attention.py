@@ -8,7 +8,6 @@ D head dim.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from router.cache.block_tables import BlockTables
 from router.cache.fp8 import dequantize, quantize
-from router.cache.kv_cache import BlockTables, KVCache, LayerCache
-from router.kernels import cpu_loops
+from router.cache.kv_cache import KVCache, LayerCache
+from router.kernels import cpu_loops, cpu_loops_run, our_kernels_run
 from router.kernels.prompt_tiles import PromptTiles, cut_into_tiles, tokens_per_tile
 from router.model_config import TrunkShape
 
@@ -83,7 +83,7 @@ def plan_attention(
     num_blocks = -(-int(length_B.max()) // block_size) if decoding else 0
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
     mask_B11S = None
-    if not in_place(dtype, device):
+    if not our_kernels_run(dtype, device):
         # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
         held_BN = np.arange(num_blocks) * block_size < length_B[:, None]
         table_BN = np.where(held_BN, table_BN, table_BN[:, :1])
@@ -114,7 +114,7 @@ def _prompts(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[PromptSpan, ...] | PromptTiles:
-    if not chunks or not (device.type == "cuda" and in_place(dtype, device)):
+    if not chunks or not (device.type == "cuda" and our_kernels_run(dtype, device)):
         return _spans(chunks, tables, first=first, device=device)
     tokens = tokens_per_tile(shape.num_heads // shape.num_kv_heads, dtype)
     num_blocks = -(-max(chunk.start + chunk.count for chunk in chunks) // tables.block_size)
@@ -140,22 +140,17 @@ def _spans(
     return tuple(spans)
 
 
-def in_place(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel of ours decodes there; elsewhere torch's own operations do, on copies of the contexts."""
-    return cpu_loops.computes(dtype, device) or (device.type == "cuda" and find_spec("triton") is not None)
-
-
 class PagedAttention:
     """Writes the step's keys and values into the cache and attends to the cached context. One per trunk."""
 
     def __init__(self, cache: KVCache, *, block_size: int) -> None:
-        self._cache = cache
+        self._layers = [cache.layer(layer) for layer in range(len(cache.k))]  # views, made once
         self._block_size = block_size
         self.plan: AttentionPlan | None = None
 
     def forward(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, *, scale: float) -> Tensor:
         """[T, H, D]: the output of every row of the plan; heads in q's order, query heads of one KV head together."""
-        plan, cache = self.plan, self._cache.layer(layer)
+        plan, cache = self.plan, self._layers[layer]
         assert plan is not None
         _write(plan.slots_T, k_GTD.transpose(0, 1), v_GTD.transpose(0, 1), cache)
         if q_HTD.is_cuda and plan.mask_B11S is None:
@@ -253,14 +248,14 @@ class PagedAttention:
 def _write(slots_T: Tensor, k_TGD: Tensor, v_TGD: Tensor, cache: LayerCache) -> None:
     """The step's keys and values into the cache."""
     k_SGD, v_SGD, scale_SG2 = cache
-    if k_TGD.is_cuda and in_place(k_TGD.dtype, k_TGD.device):
+    if k_TGD.is_cuda and our_kernels_run(k_TGD.dtype, k_TGD.device):
         from router.kernels import rows
 
         rows.write_cache(k_TGD, v_TGD, slots_T, cache)
     elif scale_SG2 is not None:
         (k_SGD[slots_T], k_scale_TG), (v_SGD[slots_T], v_scale_TG) = quantize(k_TGD), quantize(v_TGD)
         scale_SG2[slots_T] = torch.stack([k_scale_TG, v_scale_TG], dim=-1)
-    elif cpu_loops.computes(k_SGD.dtype, k_SGD.device):
+    elif cpu_loops_run(k_SGD.dtype, k_SGD.device):
         new = (k_TGD.contiguous(), v_TGD.contiguous(), slots_T)
         cpu_loops.write_cache(*(tensor.numpy() for tensor in (*new, k_SGD, v_SGD)))
     else:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experts.fabric import Fabric
 from experts.progress import Report, each
-from router.model.attention import AttentionPlan, PagedAttention, in_place
+from router.dispatch import Dispatcher
+from router.kernels import our_kernels_run
+from router.model.attention import AttentionPlan, PagedAttention
 from router.model.trunk import RoutedExperts, Trunk
 
 logger = logging.getLogger(__name__)
@@ -30,15 +31,14 @@ def batch_sizes(max_rows: int) -> list[int]:
 def graphs_of(
     trunk: Trunk,
     attention: PagedAttention,
-    experts: RoutedExperts,
-    fabric: Fabric,
+    dispatcher: Dispatcher,
     *,
     sizes: Sequence[int],
     max_blocks: int,
 ) -> "DecodeGraphs | None":
     """For a GPU whose kernels and whose experts a graph may hold; elsewhere every step is started call by call."""
-    if trunk.device.type == "cuda" and in_place(trunk.dtype, trunk.device) and fabric.in_graph:
-        return DecodeGraphs(trunk, attention, experts, sizes=sizes, max_blocks=max_blocks)
+    if trunk.device.type == "cuda" and our_kernels_run(trunk.dtype, trunk.device) and dispatcher.in_graph:
+        return DecodeGraphs(trunk, attention, dispatcher, sizes=sizes, max_blocks=max_blocks)
     return None
 
 

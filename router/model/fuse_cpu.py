@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from router.kernels import cpu_loops
-from router.model.attention import in_place
+from router.kernels import cpu_loops, cpu_loops_run, our_kernels_run
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -24,9 +23,9 @@ def fuse_norms(model: torch.nn.Module) -> None:
         if type(module).__name__.endswith("RMSNorm"):
             weight: Tensor = cast(Any, module).weight.detach()
             eps: float = cast(Any, module).variance_epsilon
-            if cpu_loops.computes(weight.dtype, weight.device):
+            if cpu_loops_run(weight.dtype, weight.device):
                 module.forward = partial(_rms_norm_on_cpu, weight.numpy(), eps)
-            elif in_place(weight.dtype, weight.device):
+            elif our_kernels_run(weight.dtype, weight.device):
                 module.forward = partial(_rms_norm_on_gpu, weight, eps)
             else:
                 module.forward = partial(_rms_norm, weight, eps)

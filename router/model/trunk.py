@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from experts.checkpoint.index import CheckpointIndex
 from experts.checkpoint.reader import trunk_tensors
 from experts.progress import Report, silent
-from router.model.attention import ATTENTION, AttentionPlan, PagedAttention, in_place, set_attention
+from router.kernels import our_kernels_run
+from router.model.attention import ATTENTION, AttentionPlan, PagedAttention, set_attention
 from router.model.fuse_cpu import fuse_norms, fuse_rope
 from router.model_config import read_config, shape_of
 
@@ -41,7 +42,7 @@ class Trunk:
         self.device = device
         self._model = model.to(device).eval()
         fuse_norms(model)
-        if in_place(dtype, device):
+        if our_kernels_run(dtype, device):
             fuse_rope(model)
             if device.type == "cuda":
                 from router.model.fuse_gpu import fuse_attention, fuse_gates, fuse_layers, fuse_products

@@ -1,28 +1,26 @@
 """Scheduler: which tokens of which requests are computed in the next step.
 
 A step has at most `max_batch_tokens` tokens: one of each request that decodes, and with what is left chunks of prompts.
-Requests come in the order of their rank: (priority, due). `due` counts tokens: of the prompts computed when a request
-came, plus its own. So a short prompt overtakes long ones, and nobody is overtaken by who comes after as many tokens as
-its own prompt has: a flood of long prompts delays a short one little, a flood of short ones no long one for ever.
+Requests are served in the order of their rank: (priority, due). `due` counts tokens: those of all prompts computed by the
+time a request came, plus its own. So a short prompt overtakes long ones, and no request is overtaken by more prompt
+tokens than it has itself: a flood of long prompts delays a short one little, a flood of short ones no long one for ever.
 
-A request is let in when there are blocks for all its tokens. When decoding runs out of blocks, the running request
-of the last rank is put back; what it had computed it finds in the prefix cache, unless its blocks were needed.
+A request is admitted when there are blocks for all its tokens. When decoding runs out of blocks, the running request of
+the last rank is preempted; what it had computed it finds in the prefix cache, unless its blocks were needed.
 """
 
 from bisect import insort
 
-from router.cache.block_pool import extend_keys
-from router.cache.kv_cache import BlockTables
-from router.model.attention import Chunk
+from router.cache.block_tables import BlockTables, extend_keys
 from router.schedule.running import RunningRequest
-from router.schedule.step_plan import PlannedChunk, StepPlan
+from router.schedule.step_plan import StepPlan
 
 
 class Scheduler:
     """Owns the queue and the block tables. running and waiting are sorted by rank.
 
-    Counts since the start: num_preempted, requests put back; num_looked_up, tokens looked up in the prefix cache;
-    num_found, those of them that were there.
+    It counts, since the start: num_preempted, requests that were preempted; num_looked_up, tokens looked up in the prefix
+    cache; num_found, those of them that were there.
     """
 
     def __init__(self, tables: BlockTables, *, max_batch_tokens: int) -> None:
@@ -37,33 +35,34 @@ class Scheduler:
         self._num_added = 0
 
     def add(self, live: RunningRequest) -> None:
+        """Queue a request."""
         due = self._num_prompt_tokens + len(live.tokens)
         self._num_added += 1
         live.rank = (live.request.priority, due, self._num_added)
         insort(self.waiting, live, key=_rank)
 
     def plan(self) -> StepPlan:
-        """The next step, not empty if there is a request. Takes rows and blocks, and may put requests back."""
-        self._let_in()
-        parts: list[PlannedChunk] = []
-        for live in [live for live in self.running if live.num_left == 1]:
-            # One of a later rank may have been put back by now.
-            if live.row is not None and self._make_room(live):
-                parts.append(_part(live, 1))
-        budget = self._max_batch_tokens - len(parts)
+        """Return the next step, not empty if there is a request. Takes rows and blocks, and may preempt requests."""
+        self._admit_waiting()
+        decoding: list[RunningRequest] = []
+        prompts: list[RunningRequest] = []
         for live in self.running:
-            if live.num_left > 1 and budget > 0:
-                parts.append(_part(live, budget))
-                budget -= parts[-1].chunk.count
-                self._num_prompt_tokens += parts[-1].chunk.count
-        parts.sort(key=lambda part: part.chunk.count > 1)  # stable: decoding rows first
-        return StepPlan(parts=tuple(parts))
+            (decoding if live.num_left == 1 else prompts).append(live)
+        # One of a later rank may be preempted to make room for an earlier one.
+        counts = [(live, 1) for live in decoding if live.row is not None and self._make_room(live)]
+        budget = self._max_batch_tokens - len(counts)
+        for live in prompts:
+            if live.row is not None and budget > 0:
+                count = min(live.num_left, budget)
+                counts.append((live, count))
+                budget -= count
+                self._num_prompt_tokens += count
+        return StepPlan.of(counts)
 
     def prove(self, live: RunningRequest) -> None:
-        """Its logits were finite, so all that was computed of it is: others may share its full blocks."""
+        """Let other requests share the full blocks of one whose logits were finite: all that it computed is sound."""
         assert live.row is not None
-        extend_keys(live.keys, live.tokens, self.tables.block_size)
-        self.tables.prove(live.row, live.num_computed, live.keys)
+        self.tables.prove(live.row, live.num_computed, live.block_keys, live.tokens)
 
     def remove(self, live: RunningRequest) -> None:
         """Take a request out, finished or not; its row and blocks are free at once."""
@@ -72,30 +71,32 @@ class Scheduler:
         else:
             self._stop(live)
 
-    def _let_in(self) -> None:
+    def _admit_waiting(self) -> None:
         """Start waiting requests as long as the next step has tokens to spare for the first of them."""
         while self.waiting:
             first = self.waiting[0]
             ahead = sum(
                 live.num_left for live in self.running if live.num_left == 1 or live.rank < first.rank
             )
-            if ahead >= self._max_batch_tokens or not (self.tables.num_free_rows or self._gives_way(first)):
+            if ahead >= self._max_batch_tokens or not (
+                self.tables.num_free_rows or self._may_preempt_for(first)
+            ):
                 return
             keys = self._keys_to_find(first)
             num_found = self.tables.num_found(keys)
-            if self._is_on_its_way(first, keys[num_found : num_found + 1], place=num_found):
+            if self._is_being_computed(first, keys[num_found : num_found + 1], place=num_found):
                 return
             while not self._admit(first, keys[:num_found]):
-                if not self._gives_way(first):
+                if not self._may_preempt_for(first):
                     return
-                self._put_back(self.running[-1])
+                self._preempt(self.running[-1])
 
-    def _gives_way(self, first: RunningRequest) -> bool:
-        """Whether somebody runs whose priority is a later one."""
+    def _may_preempt_for(self, first: RunningRequest) -> bool:
+        """Return whether a request of a later priority runs."""
         return bool(self.running) and self.running[-1].request.priority > first.request.priority
 
     def _admit(self, live: RunningRequest, found: list[bytes]) -> bool:
-        """Let the first in the queue run, if there are a row and blocks for all its tokens, and some to spare for others."""
+        """Let the first of the queue run, if there are a row and blocks for all its tokens, and some to spare for others."""
         row = self.tables.take_row()
         if row is None:
             return False
@@ -115,30 +116,33 @@ class Scheduler:
         return True
 
     def _keys_to_find(self, live: RunningRequest) -> list[bytes]:
-        """Of the blocks that need not be computed: never that of the last token, nor any if all rows' logits are wanted."""
+        """Return the keys of the blocks that need not be computed, if they are cached.
+
+        The last token's block is never among them; none is, if the logits of all rows are wanted.
+        """
         if live.request.params.prompt_logprobs is not None:
             return []
-        extend_keys(live.keys, live.tokens, self.tables.block_size)
-        return live.keys[: (len(live.tokens) - 1) // self.tables.block_size]
+        extend_keys(live.block_keys, live.tokens, self.tables.block_size)
+        return live.block_keys[: (len(live.tokens) - 1) // self.tables.block_size]
 
-    def _is_on_its_way(self, live: RunningRequest, next_key: list[bytes], *, place: int) -> bool:
-        """Whether a running prompt computes its next block: many requests may begin with the same text."""
+    def _is_being_computed(self, live: RunningRequest, next_key: list[bytes], *, place: int) -> bool:
+        """Return whether a running prompt computes the request's next block: many may begin with the same text."""
         return bool(next_key) and any(
-            other.num_left > 1 and other.rank < live.rank and other.keys[place : place + 1] == next_key
+            other.num_left > 1 and other.rank < live.rank and other.block_keys[place : place + 1] == next_key
             for other in self.running
         )
 
     def _make_room(self, live: RunningRequest) -> bool:
-        """A block for a running request's next token, if need be from the last one. False: it was the last."""
+        """Reserve a block for a running request's next token, if need be from the last one. False: it was the last."""
         assert live.row is not None
         while not self.tables.reserve(live.row, len(live.tokens)):
             last = self.running[-1]
-            self._put_back(last)
+            self._preempt(last)
             if last is live:
                 return False
         return True
 
-    def _put_back(self, live: RunningRequest) -> None:
+    def _preempt(self, live: RunningRequest) -> None:
         self._stop(live)
         live.num_computed = 0
         insort(self.waiting, live, key=_rank)
@@ -153,11 +157,3 @@ class Scheduler:
 
 def _rank(live: RunningRequest) -> tuple[int, int, int]:
     return live.rank
-
-
-def _part(live: RunningRequest, budget: int) -> PlannedChunk:
-    """The next tokens of a request that holds the blocks for them."""
-    assert live.row is not None
-    start, count = live.num_computed, min(live.num_left, budget)
-    chunk = Chunk(row=live.row, start=start, count=count)
-    return PlannedChunk(running=live, chunk=chunk, samples=start + count == len(live.tokens))

@@ -1,20 +1,17 @@
-"""Between text and token ids, for one checkpoint: Tokenizer for whole texts, Detokenizer as tokens are generated."""
+"""Tokenizer: between whole texts and token ids, for one checkpoint, and what its files say of sampling and of the end."""
 
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from router.request import SamplingParams
-from router.text.stop_strings import StopStrings
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a single byte
-_UNFINISHED = "\ufffd"  # what decoding makes of the bytes of an incomplete character
-_PROMPT_TAIL = 8  # tokens: more than the bytes of a character, and enough that a text has begun
 
 
 class Tokenizer:
@@ -30,6 +27,8 @@ class Tokenizer:
         self._fast = self._hf.backend_tokenizer
         self._fast.no_truncation()
         self._fast.no_padding()
+        self.decode: Callable[..., str] = self._fast.decode
+        """(token ids, skip_special_tokens=True) -> text. Unknown ids add no text; broken UTF-8 becomes U+FFFD."""
         added = self._fast.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
@@ -103,10 +102,6 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Without special tokens unless told; ids that the tokenizer does not know are no text; broken UTF-8 becomes U+FFFD."""
-        return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The vocabulary's own names of tokens, such as `Ġthe`; "" for an unknown id."""
         return [self._fast.id_to_token(token_id) or "" for token_id in token_ids]
@@ -129,62 +124,6 @@ class Tokenizer:
         decoder = self._fast.decoder
         # Behind another piece, since a decoder may strip the space that begins a text.
         return (piece if decoder is None else decoder.decode(["x", piece])[1:]).encode()
-
-
-class Detokenizer:
-    """The text of one request. Special tokens add none.
-
-    Not tokenizers' DecodeStream: it cannot be flushed, it raises on byte-fallback tokens that are not UTF-8, and it
-    repeats the last character of a prompt that ends within one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stop = StopStrings(stop)
-        # A token's text depends on the tokens before it: a decoder joins bytes, and drops the space that begins a
-        # text. So the pending ones are decoded behind a context; _shown is what the client has of the two together.
-        self._context = self._visible(prompt[-_PROMPT_TAIL:])
-        self._pending: list[int] = []
-        self._shown = tokenizer.decode(self._context)
-        while self._shown.startswith(
-            _UNFINISHED
-        ):  # cut within a character, which can spoil all bytes that follow
-            self._context = self._context[1:]
-            self._shown = tokenizer.decode(self._context)
-
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that has appeared: the text is complete and whatever follows is ignored."""
-        return self._stop.found
-
-    def push(self, token_ids: Sequence[int], *, may_stop: bool = True) -> str:
-        """The text that is now certain. Keeps back an incomplete character and what may begin a stop string.
-
-        may_stop: false while no stop string counts that begins in this text.
-        """
-        tokens = self._visible(token_ids)
-        if not tokens:
-            return ""
-        self._pending += tokens
-        text = self._tokenizer.decode(self._context + self._pending)
-        whole = text.rstrip(_UNFINISHED)
-        # Only the prompt's text may end unfinished, and these tokens complete its character.
-        known = self._shown if whole.startswith(self._shown) else self._shown.rstrip(_UNFINISHED)
-        new = whole[len(known) :]
-        if whole == text:
-            self._context, self._pending = self._pending, []
-            self._shown = self._tokenizer.decode(self._context)
-        elif new:
-            self._shown = whole
-        return self._stop.push(new) if may_stop else new
-
-    def flush(self) -> str:
-        """The rest, when no more tokens come. As in vLLM, bytes of an incomplete character are dropped, and so is a
-        U+FFFD that the model itself wrote last."""
-        return self._stop.flush()
-
-    def _visible(self, token_ids: Sequence[int]) -> list[int]:
-        return [token for token in token_ids if token not in self._tokenizer.special_ids]
 
 
 _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

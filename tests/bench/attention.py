@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from router.cache.block_tables import BlockTables
 from router.cache.fp8 import E4M3
-from router.cache.kv_cache import BlockTables, KVCache
+from router.cache.kv_cache import KVCache
 from router.kernels.decode_attention import decode_attention
 from router.model.attention import Chunk, PagedAttention, plan_attention
 from router.model_config import TrunkShape

@@ -70,7 +70,7 @@ class CheckedEngine(Engine):
         plan = Scheduler.plan(self._scheduler)
         if not self.checked:
             return plan
-        assert 1 <= plan.num_tokens <= self._config.max_batch_tokens
+        assert 1 <= len(plan.tokens) <= self._config.max_batch_tokens
         planned = [part.running for part in plan.parts]
         assert all(one in planned for one in self._scheduler.running if one.num_left == 1), (
             "who decodes goes on"

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from router.cache.block_tables import BlockTables
 from router.cache.fp8 import E4M3, dequantize, quantize
-from router.cache.kv_cache import BlockTables, KVCache
+from router.cache.kv_cache import KVCache
 from router.model.attention import Chunk, PagedAttention, plan_attention
 from router.model_config import TrunkShape
 

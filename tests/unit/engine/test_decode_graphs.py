@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.cache.kv_cache import BlockTables
+from router.cache.block_tables import BlockTables
 from router.model.attention import Chunk, plan_attention
 from router.model.decode_graphs import COARSE, DecodeGraphs, batch_sizes, graphs_of
 from tests.support.paged import shape_of
@@ -78,5 +78,5 @@ def test_a_step_with_a_prompt_does_not_fit() -> None:
 def test_there_are_none_on_a_cpu() -> None:
     nothing: Any = None
     trunk: Any = SimpleNamespace(device=CPU, dtype=torch.float32)
-    fabric: Any = SimpleNamespace(in_graph=True)
-    assert graphs_of(trunk, nothing, nothing, fabric, sizes=[1], max_blocks=4) is None
+    dispatcher: Any = SimpleNamespace(in_graph=True)
+    assert graphs_of(trunk, nothing, dispatcher, sizes=[1], max_blocks=4) is None

@@ -17,7 +17,7 @@ from experts.shard import ExpertShard
 from router.config import KVCacheConfig, RouterConfig
 from router.engine import QueueFull
 from router.request import Request, SamplingParams
-from router.schedule.retries import MAX_FAILURES
+from router.schedule.roster import MAX_FAILURES
 from tests.support.families import VOCAB_SIZE, write_nvfp4
 from tests.support.in_process import Joined, faulty, greedy, in_process
 
@@ -134,7 +134,7 @@ def test_one_more_than_the_queue_holds_is_refused(model: Path) -> None:
         assert all(answer.finish == "length" for answer in answers.values())
 
 
-@pytest.mark.parametrize("part", ["router.model.trunk.Trunk.forward", "router.engine.sample_next"])
+@pytest.mark.parametrize("part", ["router.model.trunk.Trunk.forward", "router.engine.sample"])
 def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(
     model: Path, undisturbed: dict[str, Joined], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -157,7 +157,7 @@ def test_requests_fail_when_the_shards_stay_away(model: Path) -> None:
     config = RouterConfig(stall_limit_s=0.05)
     fabric = partial(faulty, faults=[Lost(rank=0, step=2, layer=0)])
     with in_process(model, num_shards=2, config=config, fabric=fabric) as server:
-        server.engine._links._on_lost = lambda loss: None
+        server.engine._dispatcher._on_lost = lambda loss: None
         answers = server.run(REQUESTS, failing={"0", "1", "2"})
     assert "the expert shards have been away for" in str(answers["0"].error)
 

@@ -22,7 +22,7 @@ from experts.fabric.local import LocalFabric
 from experts.shard import ExpertShard
 from router.config import KVCacheConfig, RouterConfig
 from router.request import Request, SamplingParams
-from router.schedule.retries import MAX_FAILURES
+from router.schedule.roster import MAX_FAILURES
 from tests.support.families import VOCAB_SIZE, write_nvfp4
 from tests.support.in_process import in_process
 from tests.support.oracle import Continuation, Oracle, assert_same_tokens
@@ -124,7 +124,7 @@ class Clients(RuleBasedStateMachine):
         for _ in range(num_steps):
             self.server.engine.turn(wait_s=0)
 
-    @precondition(lambda self: self.server.engine._roster.retries.num_failures < MAX_FAILURES - 1)
+    @precondition(lambda self: self.server.engine._roster.num_failures < MAX_FAILURES - 1)
     @rule(rank=st.integers(0, NUM_SHARDS - 1), layer=st.integers(0, NUM_LAYERS - 1))
     def lose_a_shard(self, rank: int, layer: int) -> None:
         """In the next step that there is, unless that may make the engine give a request up. Layer 1 is dense: nothing

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.cache.block_pool import BlockPool, extend_keys
-from router.cache.kv_cache import BlockTables, KVCache, left_over, memory_for, num_blocks_for
+from router.cache.block_tables import BlockPool, BlockTables, extend_keys
+from router.cache.kv_cache import KVCache, left_over, memory_for, num_blocks_for
 from router.config import KVCacheConfig
 from tests.support.paged import shape_of
 
@@ -78,7 +78,7 @@ class Tables(RuleBasedStateMachine):
             self.tokens[row] = tokens
         if prove and len(tokens) == len(self.tokens[row]):
             self.tokens[row], self.proven[row] = tokens, len(tokens)
-            self.tables.prove(row, len(tokens), self.keys(tokens))
+            self.tables.prove(row, len(tokens), self.keys(tokens), tokens)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())

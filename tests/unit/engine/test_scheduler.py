@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.cache.kv_cache import BlockTables
+from router.cache.block_tables import BlockTables
 from router.request import Request, SamplingParams
-from router.schedule.answer import Answer
-from router.schedule.running import RunningRequest
+from router.schedule.running import Answer, RunningRequest
 from router.schedule.scheduler import Scheduler
 from router.schedule.step_plan import StepPlan
 
@@ -85,12 +84,12 @@ def scheduler(
 
 def check_plan(plan: StepPlan, sched: Scheduler, *, max_batch_tokens: int) -> None:
     """Each part is its request's next tokens, and rows and logits are where the engine looks for them."""
-    assert 1 <= plan.num_tokens <= max_batch_tokens
-    assert len(plan.tokens()) == len(plan.positions()) == plan.num_tokens
+    assert 1 <= len(plan.tokens) <= max_batch_tokens
+    assert len(plan.tokens) == len(plan.positions) == len(plan.tokens)
     assert len({chunk.row for chunk in plan.chunks}) == len(plan.parts)
     counts = [chunk.count for chunk in plan.chunks]
     assert counts == sorted(counts, key=lambda count: count > 1)
-    assert len(plan.kept_rows()) == sum(part.num_kept for part in plan.parts)
+    assert len(plan.kept_rows) == sum(part.num_kept for part in plan.parts)
     end = 0
     for part in plan.parts:
         live, chunk = part.running, part.chunk
@@ -100,7 +99,7 @@ def check_plan(plan: StepPlan, sched: Scheduler, *, max_batch_tokens: int) -> No
         assert chunk.start == live.num_computed
         assert chunk.count >= 1
         assert part.samples == (chunk.start + chunk.count == len(live.tokens))
-        assert not part.samples or end - 1 in plan.kept_rows()
+        assert not part.samples or end - 1 in plan.kept_rows
 
 
 def commit(sched: Scheduler, plan: StepPlan) -> list[RunningRequest]:
@@ -289,7 +288,7 @@ def test_a_prefix_is_computed_once() -> None:
     assert [part.running for part in plan.parts] == [first]
     commit(sched, plan := sched.plan())
     assert [num_cached(live) for live in (first, *others)] == [0] + [20] * 9
-    assert plan.num_tokens == 1 + 9 * 2
+    assert len(plan.tokens) == 1 + 9 * 2
 
 
 def test_the_last_token_is_always_computed() -> None:
@@ -316,7 +315,7 @@ def test_scores_need_every_row() -> None:
 def test_logits_are_kept_for_what_is_sampled_or_scored(scored: bool, rows: list[int]) -> None:
     sched = scheduler(max_batch_tokens=100)
     sched.add(request("one", 6, scored=scored))
-    assert sched.plan().kept_rows() == rows
+    assert sched.plan().kept_rows == rows
 
 
 def test_a_plan_loses_who_leaves() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.text.stop_strings import StopStrings
+from router.text.detokenizer import StopStrings
 
 small_texts = st.text(alphabet="ab", max_size=20)
 stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4)

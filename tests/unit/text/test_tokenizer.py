@@ -12,7 +12,8 @@ from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from router.request import SamplingParams
-from router.text.tokenizer import Detokenizer, Tokenizer, eos_token_ids, sampling_defaults
+from router.text.detokenizer import Detokenizer
+from router.text.tokenizer import Tokenizer, eos_token_ids, sampling_defaults
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs" / "demo-model"
