@@ -13,12 +13,11 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve._private.api import serve_start
 from ray.serve.config import ProxyLocation
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
+from deploy import ray_private
 from deploy.cli.readiness import LaunchError
 from deploy.fleet.spec import NAMESPACE, fleet_name
 from deploy.within import within
@@ -46,9 +45,9 @@ class Application:
         self._started = started
 
     def deploy(self, schema: ServeDeploySchema) -> None:
-        """What `serve run FILE` does; there is no public function that takes a file (ray is pinned to 2.60)."""
+        """Deploy the application of a Serve config file. Raises LaunchError if Serve does not take it."""
         try:
-            self._client.deploy_apps(schema)
+            ray_private.deploy_file(self._client, schema)
         except RayError as error:
             raise LaunchError(f"Serve did not take the file: {gist(str(error))}") from error
 
@@ -80,9 +79,9 @@ class Application:
         """It ends, and Serve does if it was started for it. A step that fails is told, and the next is taken."""
         with _told("Serve did not stop in order"):
             if self._started:
-                stop_serve(self._client)
+                ray_private.shut_serve_down(self._client, timeout_s=DELETE_S)
             else:
-                self._client.delete_apps([self.name], blocking=False)
+                ray_private.delete_applications(self._client, [self.name])
                 self._wait_until_deleted()
         with _told("shards are left until their lease lapses (fleet.lease_s)"):
             stop_fleet(self.name)
@@ -91,8 +90,7 @@ class Application:
         reach(
             ray.get_runtime_context().gcs_address
         )  # while it is away, Ray would wait, then end this process
-        # As serve.status() does, which waits for ever.
-        details: Any = ray.get(self._client._controller.get_serve_instance_details.remote(), timeout=ANSWER_S)
+        details = ray_private.serve_details(self._client, timeout_s=ANSWER_S)
         return details["applications"].get(self.name)
 
     def _wait_until_deleted(self) -> None:
@@ -134,9 +132,10 @@ def application(name: str, schema: ServeDeploySchema) -> Iterator[Application]:
 
     Serve ends with it, unless it ran before. Raises LaunchError if it ran for others or with other options.
     """
-    running: Any = _get_global_client(raise_if_no_controller_running=False)
+    running = ray_private.running_serve()
     if running is not None:
-        refuse_to_share(running.get_serve_details(), running.http_config.model_dump(), schema)
+        details = ray_private.serve_details(running, timeout_s=None)
+        refuse_to_share(details, ray_private.http_options(running), schema)
     app = Application(running or _start_serve(schema), name, started=running is None)
     gone = False
     try:
@@ -171,12 +170,6 @@ def refuse_to_share(
                 f"Serve on this cluster already runs with {where}={found[key]}, not {value}; "
                 "set the same, or stop it first with `serve shutdown --yes`"
             )
-
-
-def stop_serve(client: Any) -> None:
-    """As serve.shutdown(), which repeats its call to the controller until it succeeds, and tells the terminal so."""
-    with contextlib.suppress(RayActorError):  # the call ends with the controller
-        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=DELETE_S)
 
 
 def stop_fleet(app: str) -> None:
@@ -219,9 +212,7 @@ def tell(line: str) -> None:
 
 def _start_serve(schema: ServeDeploySchema) -> Any:
     try:
-        return serve_start(
-            http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
-        )
+        return ray_private.start_serve(schema.http_options.model_dump(), schema.proxy_location)
     except BaseException as error:
         ignore_interrupts()
         with _told("Serve did not stop in order"):

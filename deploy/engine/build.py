@@ -27,7 +27,7 @@ from router.request import RequestOutput
 from router.text.tokenizer import Tokenizer, eos_token_ids
 
 
-class EngineRoom(NamedTuple):
+class BuiltEngine(NamedTuple):
     """An engine that has not started. waited: its fabric's, see Fabric."""
 
     engine: Engine
@@ -41,7 +41,7 @@ def build_engine(
     shares_gpu: bool,
     on_outputs: Callable[[list[RequestOutput]], None],
     on_lost: Callable[[StepFailed], None],
-) -> EngineRoom:
+) -> BuiltEngine:
     """shares_gpu: a shard is, or will be, on the same one.
 
     Raises ValueError for what cannot be.
@@ -79,7 +79,7 @@ def build_engine(
     )
     if members is not None:
         engine.adopt(members)
-    return EngineRoom(engine, fabric.waited)
+    return BuiltEngine(engine, fabric.waited)
 
 
 def shard_bytes(path: Path, *, num_shards: int) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from deploy.fleet.spec import ShardStats
+from deploy.ray_private import record_zero
 from router.request import FinishReason, Request, RequestOutput
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RouterMetrics:
         self._generated = _counter("generation_tokens_total", "Tokens generated.")
         self._success = Counter("sparkmoe_request_success_total", "By how they ended.", ("finished_reason",))
         for reason in get_args(FinishReason):
-            _begin_at_zero(self._success, {"finished_reason": reason})
+            record_zero(self._success, {"finished_reason": reason})
         self._queued = Histogram("sparkmoe_request_queue_time_seconds", "", _FIRST_TOKEN_S)
         self._first = Histogram("sparkmoe_time_to_first_token_seconds", "", _FIRST_TOKEN_S)
         self._between = Histogram("sparkmoe_inter_token_latency_seconds", "", _TOKEN_S)
@@ -154,7 +155,7 @@ class _ShardMetrics:
             for rank, numbers in found.items():
                 tags = {"rank": str(rank)}
                 if (name, rank) not in self._growth:
-                    _begin_at_zero(counter, tags)
+                    record_zero(counter, tags)
                 if grown := self._growth.of((name, rank), getattr(numbers, name)):
                     counter.inc(grown, tags=tags)
 
@@ -181,10 +182,5 @@ def _by_rank(name: str, description: str) -> Counter:
 
 def _counter(name: str, description: str) -> Counter:
     counter = Counter(f"sparkmoe_{name}", description)
-    _begin_at_zero(counter, {})
+    record_zero(counter, {})
     return counter
-
-
-def _begin_at_zero(counter: Counter, tags: dict[str, str]) -> None:
-    """Else it would be absent before its first event, which then would be no growth; inc refuses a zero."""
-    counter._record(0, tags)

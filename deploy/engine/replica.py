@@ -23,7 +23,7 @@ from deploy.api.engine_client import Limits
 from deploy.config import AppArgs, RouterUserConfig
 from deploy.engine.metrics import RouterMetrics
 from deploy.engine.outboxes import Outboxes
-from deploy.fleet.client import FleetLink
+from deploy.fleet.client import FleetClient
 from deploy.fleet.spec import FleetSpec, Refusal
 from deploy.within import within
 from experts.config import ExpertsConfig
@@ -64,9 +64,9 @@ class RouterReplica:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._draining = False
-        self._fleet: FleetLink | None = None
+        self._fleet: FleetClient | None = None
         if args.fabric.kind != "local":
-            self._fleet = FleetLink(
+            self._fleet = FleetClient(
                 serve.get_replica_context().app_name,
                 f"router-{uuid.uuid4().hex[:8]}",
                 lease_s=args.fleet.lease_s,

@@ -1,4 +1,4 @@
-"""FleetLink: a router's side of the Fleet. Holds the lease, hears of new memberships, tells of lost shards."""
+"""FleetClient: a router's side of the Fleet. Holds the lease, hears of new memberships, tells of lost shards."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ LAST_WILL_S = 15.0
 """The lease that a router leaves when it is stopped in order: a redeployed one takes the shards over in time."""
 
 
-class FleetLink:
+class FleetClient:
     """Lives in the replica's event loop. on_members: called there with every new membership."""
 
     def __init__(

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.fleet.nodes import Node, Seat
 from deploy.fleet.shard_actor import ShardActor
 from deploy.fleet.spec import NAMESPACE, FleetSpec, shard_prefix
+from deploy.ray_private import available_resources_by_node
 from experts.fabric import ShardAddress
 
 
@@ -75,7 +75,7 @@ class RayShards:
 
 
 def _read_nodes() -> list[Node]:
-    available = available_resources_per_node()  # no public call tells it per node
+    available = available_resources_by_node()
     return [
         Node(node["NodeID"], total=node["Resources"], available=available.get(node["NodeID"], {}))
         for node in ray.nodes()

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from deploy.api.openai.messages import OfferedFunction
 from deploy.api.reading.tool_calls import (
     CLOSE,
     OPEN,
@@ -18,7 +17,17 @@ from deploy.api.reading.tool_calls import (
 )
 from router.sampling.grammar import json_rule, literal
 
-_NO_ARGUMENTS = {"properties": {}, "additionalProperties": False}
+_NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
+
+
+class CallableFunction(Protocol):
+    """A function that the model may call. Its parameters are the JSON schema of an object; empty if it takes none."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -26,8 +35,8 @@ class ToolFormat:
     """new_reader: for the answer of a model that may call these functions. call_rules: in Lark, of one call of one of
     these functions; the rule is `call`."""
 
-    new_reader: Callable[[Sequence[OfferedFunction]], CallReader]
-    call_rules: Callable[[Sequence[OfferedFunction]], str]
+    new_reader: Callable[[Sequence[CallableFunction]], CallReader]
+    call_rules: Callable[[Sequence[CallableFunction]], str]
 
 
 def format_of(template: str) -> ToolFormat | None:
@@ -42,7 +51,7 @@ def calls_rules(rules: str, *, several: bool) -> str:
     return f'calls: ("\\n"? call){"+" if several else ""}\n{rules}'
 
 
-def _hermes_rules(functions: Sequence[OfferedFunction]) -> str:
+def _hermes_rules(functions: Sequence[CallableFunction]) -> str:
     begin, end = literal(f"{OPEN}\n"), literal(f"\n{CLOSE}")
     rules = [f"call: {begin} ({_alternatives('call', len(functions))}) {end}"]
     for place, function in enumerate(functions):
@@ -52,7 +61,7 @@ def _hermes_rules(functions: Sequence[OfferedFunction]) -> str:
     return "\n".join(rules)
 
 
-def _glm_rules(functions: Sequence[OfferedFunction]) -> str:
+def _glm_rules(functions: Sequence[CallableFunction]) -> str:
     rules = [
         f"call: {literal(OPEN)} ({_alternatives('call', len(functions))}) {literal(CLOSE)}",
         'words[suffix="</arg_value>"]: /(?s:.*)/',
@@ -86,8 +95,8 @@ def _glm_value(schema: Any, around: Mapping[str, Any]) -> str:
     return f'({_json(inner)}) "</arg_value>"'
 
 
-def _schema(function: OfferedFunction) -> dict[str, Any]:
-    return {"type": "object", **(function.parameters or _NO_ARGUMENTS)}
+def _schema(function: CallableFunction) -> dict[str, Any]:
+    return {"type": "object", **(function.parameters or _NO_PARAMETERS)}
 
 
 def _json(schema: Mapping[str, Any]) -> str:
@@ -99,11 +108,11 @@ def _alternatives(name: str, number: int) -> str:
     return " | ".join(f"{name}_{place}" for place in range(number))
 
 
-def _hermes_reader(functions: Sequence[OfferedFunction]) -> CallReader:
+def _hermes_reader(functions: Sequence[CallableFunction]) -> CallReader:
     return CallReader(HermesCall)
 
 
-def _glm_reader(functions: Sequence[OfferedFunction]) -> CallReader:
+def _glm_reader(functions: Sequence[CallableFunction]) -> CallReader:
     schemas = {function.name: function.parameters for function in functions}
     return CallReader(lambda: GlmCall(schemas))
 

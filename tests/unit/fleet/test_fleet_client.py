@@ -1,4 +1,4 @@
-"""FleetLink: what a router gets to hear while Fleets and shards die. Without Ray."""
+"""FleetClient: what a router gets to hear while Fleets and shards die. Without Ray."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deploy.fleet import client
-from deploy.fleet.client import LAST_WILL_S, FleetLink
+from deploy.fleet.client import LAST_WILL_S, FleetClient
 from deploy.fleet.fleet import Fleet
 from deploy.logs import LogFormat
 from experts.fabric import Membership, PeerLost
@@ -33,7 +33,7 @@ class World:
         self.shards = FakeRayShards()
         self.num_fleets = 0
         self.heard: list[Membership] = []
-        self.link = FleetLink(
+        self.link = FleetClient(
             "app", "router", lease_s=lease_s, log_format="text", on_members=self.heard.append
         )
         self._proxy: Any = None
