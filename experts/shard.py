@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
-from experts.backends.pairs import PairCounts, local_pairs
+from experts.backends import DEFAULTS, ExpertBackend, KernelSettings, PairCounts
+from experts.backends.pairs import local_pairs
+from experts.backends.registry import BACKENDS, resolve_backend
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.placement import EMPTY, ExpertPlacement
 from experts.progress import Report, each, silent

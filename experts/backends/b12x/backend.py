@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experts.backends import ExpertBackend
-from experts.backends.b12x.layout import Scales
+from experts.backends import ExpertBackend, Scales
 from experts.backends.b12x.library import disable_micro, enable_micro
 from experts.backends.b12x.w4a4 import W4A4Layer, W4A4Workspaces
 from experts.backends.b12x.w4a16 import W4A16Layer, W4A16Workspaces

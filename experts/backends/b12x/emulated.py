@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experts.backends import ExpertBackend
+from experts.backends import ExpertBackend, Scales
 from experts.backends.b12x import numerics
-from experts.backends.b12x.layout import Scales, check_shape, padded_intermediate, prepare
+from experts.backends.b12x.layout import check_shape, padded_intermediate, prepare
 from experts.weights import ExpertWeights, MoEShape
 
 MAX_TERMS = 2**26

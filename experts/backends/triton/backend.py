@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from experts.backends import ExpertBackend
-from experts.backends.pairs import LocalPairs
+from experts.backends import ExpertBackend, LocalPairs
 from experts.backends.triton import kernels as triton_kernels
 from experts.nvfp4 import GROUP
 from experts.progress import Progress

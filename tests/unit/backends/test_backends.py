@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experts.backends import BACKENDS, ExpertBackend, KernelSettings
+from experts.backends import ExpertBackend, KernelSettings
+from experts.backends.registry import BACKENDS
 from experts.nvfp4 import quantize
 from experts.placement import EMPTY, ExpertPlacement, even_placement
 from experts.shard import ExpertShard, slots_of

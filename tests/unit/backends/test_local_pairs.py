@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from experts.backends.pairs import FORWARDS_KEPT, LocalPairs, PairsOnCpu, PairsOnDevice
+from experts.backends import LocalPairs
+from experts.backends.pairs import FORWARDS_KEPT, PairsOnCpu, PairsOnDevice
 from experts.placement import EMPTY
 from tests.unit.backends.test_backends import Operations
 

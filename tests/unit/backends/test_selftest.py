@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from deploy.cli.main import app
 from experts import selftest
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend
+from experts.backends import DEFAULTS, ExpertBackend
 from experts.backends.b12x.library import VERSIONS, Machine
 from experts.backends.grouped_mm import SortedPairsBackend
+from experts.backends.registry import BACKENDS
 from experts.placement import EMPTY
 from experts.selftest import Layer, Result, results_of
 from experts.weights import ExpertWeights

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.backends import BACKENDS, ExpertBackend, KernelSettings
+from experts.backends import ExpertBackend, KernelSettings, Scales
 from experts.backends.b12x.emulated import B12xEmulatedBackend
-from experts.backends.b12x.layout import Scales
+from experts.backends.registry import BACKENDS
 from experts.checkpoint.index import CheckpointIndex
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.placement import place_evenly
