@@ -3,7 +3,7 @@
 T tokens, D hidden, K top-k, e local slots, I intermediate. A pair is a (token, expert) of the routing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -81,19 +81,22 @@ class ExpertBackend(Protocol):
         """Write an expert's weights into a local slot, in place: no pointer that a captured graph holds may move."""
         ...
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         """Set every row of out_TD to the sum of w * expert(x) over its local experts; zero if it has none.
 
         x_TD, out_TD: the backend's dtype, contiguous, T >= 1; out_TD is the caller's and is overwritten.
-        local_TK: int32 local slots in [0, num_slots), or -1 where the expert is elsewhere: costs nothing.
+        ids_TK: int32 local slots in [0, num_slots), or -1 where the expert is elsewhere: costs nothing. After
+            take_physical: physical ids of any rank, contiguous or not.
         w_TK: float32 top-k weights. Sums are accumulated in float32.
         """
         ...
 
-    def take_physical(self, first_slot: int) -> LocalPairs | None:
-        """For a backend whose kernels find and count the local pairs themselves; most do not.
+    def take_physical(self, first_slot: int) -> Callable[[], Tensor] | None:
+        """Have `forward` take physical ids from now on, of which [first_slot, first_slot + num_slots) are local.
 
-        From then on `forward` gets, in place of local slots, physical ids: those of slots follow first_slot.
+        Its kernels then find the local pairs and count them. Returns what reads the counts, with the contract of
+        LocalPairs.totals; it is never called during a forward. Most backends cannot do so and return None: their
+        `forward` keeps taking local slots.
         """
         return None
 

@@ -219,9 +219,7 @@ class NoBackend(ExpertBackend):
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None: ...
 
-    def forward(
-        self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor
-    ) -> None: ...
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None: ...
 
 
 class Operations(TorchDispatchMode):

@@ -33,9 +33,7 @@ class NeedsWarmth(ExpertBackend):
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self.did.append("write")
 
-    def forward(
-        self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor
-    ) -> None: ...
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None: ...
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
         yield Progress(0, 1, "kernels", "a kernel")
