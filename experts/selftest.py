@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend
+from experts.backends import DEFAULTS, ExpertBackend
 from experts.backends.b12x.library import VERSIONS, complaint, is_sm12x, machine_of
 from experts.backends.b12x.numerics import is_static
+from experts.backends.registry import BACKENDS
 from experts.device import resolve_dtype
 from experts.nvfp4 import dequantize, quantize, scale_2_of
 from experts.placement import EMPTY

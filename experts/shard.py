@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, KernelSettings, resolve_backend
-from experts.backends.pairs import PairCounts, local_pairs
+from experts.backends import DEFAULTS, ExpertBackend, KernelSettings, LocalPairs, PairCounts
+from experts.backends.pairs import local_pairs
+from experts.backends.registry import BACKENDS, resolve_backend
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.placement import EMPTY, ExpertPlacement
 from experts.progress import Report, each, silent
@@ -38,17 +39,21 @@ class ExpertShard:
         self.first_slot = rank * slots_per_rank
         self.slots_per_rank = slots_per_rank
         self._backend: ExpertBackend = BACKENDS[backend](shape, slots_per_rank, dtype, device, settings)
-        self._pairs = self._backend.take_physical(self.first_slot) or local_pairs(
-            first_slot=self.first_slot, num_slots=slots_per_rank, device=device
-        )
+        self.in_graph = self._backend.in_graph
+        self._pairs: LocalPairs | None = None  # where the backend does not find them itself
+        totals = self._backend.take_physical(self.first_slot)
+        if totals is None:
+            self._pairs = local_pairs(first_slot=self.first_slot, num_slots=slots_per_rank, device=device)
+            self.in_graph = self.in_graph and self._pairs.in_graph
+            totals = self._pairs.totals
+        self._totals = totals
         self._one_forward = threading.Lock()
-        self.in_graph = self._backend.in_graph and self._pairs.in_graph
         self._moe_layers = frozenset(shape.moe_layers)
 
     def counts(self) -> PairCounts:
         """Of what was computed since the start. Waits for the device, and keeps no forward waiting for that."""
         with self._one_forward:
-            totals = self._pairs.totals()
+            totals = self._totals()
         return PairCounts(*totals.tolist())
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
@@ -67,17 +72,18 @@ class ExpertShard:
             report(progress)
 
     def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
-        """Partial sums of this rank's experts; rows without one are zero.
+        """Set out_TD to the partial sums of this rank's experts; rows without one are zero.
 
-        phys_TK: int32 physical ids of any rank, or -1. An id that is not ours never reaches the kernel, so no
-        router can make it read beyond the weights. out_TD: the caller's; shape, dtype and device of x_TD.
+        phys_TK: int32 physical ids of any rank, or -1. Any other number counts as an expert of another rank, so no
+        router can make a kernel read beyond the weights. out_TD: the caller's; shape, dtype and device of x_TD.
         """
         if layer not in self._moe_layers:
             raise ValueError(f"shard {self.rank}: layer {layer} has no routed experts")
         if x_TD.shape[0] == 0:
             return
         with self._one_forward:
-            self._backend.forward(layer, x_TD, self._pairs.local(phys_TK), w_TK, out_TD=out_TD)
+            ids_TK = phys_TK if self._pairs is None else self._pairs.local(phys_TK)
+            self._backend.forward(layer, x_TD, ids_TK, w_TK, out_TD=out_TD)
 
 
 def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, int]]:

@@ -35,14 +35,14 @@ class SortedPairsBackend(ExpertBackend):
         for target, source in ((gate, weights.gate), (up, weights.up), (self._w2[layer][slot], weights.down)):
             target.copy_(dequantize(source, torch.float32))
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
-        slot_P = local_TK.flatten()
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        slot_P = ids_TK.flatten()
         num_absent, *rows_e = torch.bincount(slot_P + 1, minlength=self._num_slots + 1).tolist()
         out_TD.zero_()
         if num_absent == slot_P.numel():
             return
         pair_R = slot_P.argsort(stable=True)[num_absent:]
-        token_R = pair_R // local_TK.shape[1]
+        token_R = pair_R // ids_TK.shape[1]
 
         gate_up_R2I = _products(x_TD[token_R], self._w13[layer], rows_e)
         gate_RI, up_RI = gate_up_R2I.chunk(2, dim=-1)

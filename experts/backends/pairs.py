@@ -4,39 +4,15 @@ T tokens, K top-k, e local slots.
 """
 
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from experts.backends import LocalPairs
 from experts.placement import EMPTY
 
 FORWARDS_KEPT = 64
 """Whose pairs lie on the device one by one until they are added up."""
-
-
-class PairCounts(NamedTuple):
-    """Since the start. num_activated: the experts with a pair, of every forward, added up."""
-
-    num_pairs: int = 0
-    num_activated: int = 0
-
-
-class LocalPairs(Protocol):
-    """Of one shard. The caller sees to it that one thread at a time is in `local` or `totals`.
-
-    in_graph: a CUDA graph may hold `local`.
-    """
-
-    in_graph: bool = False
-
-    def local(self, phys_TK: Tensor) -> Tensor:
-        """[T, K] what the backend takes: local slots, EMPTY where an id is not ours. Counted; waits for no device."""
-        ...
-
-    def totals(self) -> Tensor:
-        """int64 [2], PairCounts; on the device, so that whoever reads it need not keep others waiting."""
-        ...
 
 
 def local_pairs(*, first_slot: int, num_slots: int, device: torch.device) -> LocalPairs:

@@ -19,9 +19,9 @@ class ReferenceBackend(ExpertBackend):
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._experts[layer, slot] = weights
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         sum_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for token, slots in enumerate(local_TK.tolist()):
+        for token, slots in enumerate(ids_TK.tolist()):
             for k, slot in enumerate(slots):
                 if slot >= 0:
                     y_D = self._expert(self._experts[layer, slot], x_TD[token].float())

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts.backends import BACKENDS, ExpertBackend
+from experts.backends import ExpertBackend, Scales
 from experts.backends.b12x.emulated import B12xEmulatedBackend
-from experts.backends.b12x.layout import Scales
+from experts.backends.registry import BACKENDS
 from experts.nvfp4 import dequantize, quantize, scale_2_of
 from experts.weights import ExpertWeights, MoEShape
 from router.config import RouterConfig

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts.backends import BACKENDS, DEFAULTS
+from experts.backends import DEFAULTS
+from experts.backends.registry import BACKENDS
 from experts.weights import MoEShape
 from tests.bench import cutile
 from tests.bench.report import emit, percentile

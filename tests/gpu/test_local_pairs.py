@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from experts.backends.pairs import FORWARDS_KEPT, LocalPairs, PairsOnDevice
+from experts.backends import LocalPairs
+from experts.backends.pairs import FORWARDS_KEPT, PairsOnDevice
 from experts.backends.triton.pairs import PairsInKernel
 from experts.placement import EMPTY
 

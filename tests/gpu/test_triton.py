@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend, resolve_backend
+from experts.backends import DEFAULTS, ExpertBackend
+from experts.backends.registry import BACKENDS, resolve_backend
 from experts.placement import EMPTY
 from experts.selftest import LIMITS, Call, Layer, dequantised, largest_error, random_experts, run
 from experts.weights import ExpertWeights, MoEShape

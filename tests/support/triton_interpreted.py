@@ -216,16 +216,16 @@ def error_of_physical_ids(layer: Layer) -> float:
     backend = backend_triton.TritonBackend(layer.shape, layer.num_slots, torch.float32, CPU)
     for slot, expert in enumerate(experts):
         backend.write_slot(0, slot, expert)
-    counted = backend.take_physical(first_slot)
+    totals = backend.take_physical(first_slot)
     loops = PairsOnCpu(first_slot, layer.num_slots, CPU)
     error = 0.0
     for call in calls(layer, 9, dtype=torch.float32, device=CPU):
         phys_TK = torch.where(call.local_TK == EMPTY, EMPTY, call.local_TK + first_slot)
         phys_TK[0, 0], phys_TK[1, 0] = -(2**31), 2**31 - 1
         local = call._replace(local_TK=loops.local(phys_TK))
-        found_TD = run(backend, call._replace(local_TK=counted.local(phys_TK)))
+        found_TD = run(backend, call._replace(local_TK=phys_TK))
         error = max(error, largest_error(found_TD, dequantised(experts, local)))
-    return error if torch.equal(counted.totals(), loops.totals()) else float("inf")
+    return error if torch.equal(totals(), loops.totals()) else float("inf")
 
 
 def errors_of_gates() -> dict[str, float]:

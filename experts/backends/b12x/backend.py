@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experts.backends import ExpertBackend
-from experts.backends.b12x.layout import Scales
+from experts.backends import ExpertBackend, Scales
 from experts.backends.b12x.library import disable_micro, enable_micro
 from experts.backends.b12x.w4a4 import W4A4Layer, W4A4Workspaces
 from experts.backends.b12x.w4a16 import W4A16Layer, W4A16Workspaces
@@ -69,17 +68,17 @@ class B12xBackend(ExpertBackend):
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._layers[layer].write_slot(slot, weights)
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         """As ExpertBackend.forward; ids beyond the slots are refused on a CPU only, ExpertShard keeps them off.
 
         Raises ValueError for anything else that the kernel would take amiss, or take and compute something else.
         A call whose T is not one of the warmed buckets is padded, through buffers, to the next.
         """
-        check_call(x_TD, local_TK, w_TK, out_TD, hidden=self._shape.hidden, num_slots=self._num_slots)
-        buffers = self._buffers_for(local_TK.shape[1])
+        check_call(x_TD, ids_TK, w_TK, out_TD, hidden=self._shape.hidden, num_slots=self._num_slots)
+        buffers = self._buffers_for(ids_TK.shape[1])
         for start in range(0, x_TD.shape[0], self._max_tokens):
             rows = slice(start, start + self._max_tokens)
-            self._turn(layer, buffers, x_TD[rows], local_TK[rows], w_TK[rows], out_TD[rows])
+            self._turn(layer, buffers, x_TD[rows], ids_TK[rows], w_TK[rows], out_TD[rows])
 
     def warm(self, buckets: Sequence[int] | None = None, *, top_k: int) -> Iterator[Progress]:
         """Compile what these numbers of tokens need, seconds each, and fill the library's caches of every layer.
@@ -103,15 +102,15 @@ class B12xBackend(ExpertBackend):
         self._buckets = sizes
 
     def _turn(
-        self, layer: int, buffers: "_Buffers", x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, out_TD: Tensor
+        self, layer: int, buffers: "_Buffers", x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, out_TD: Tensor
     ) -> None:
         num_tokens = x_TD.shape[0]
         bucket = bucket_of(num_tokens, self._buckets)
         if bucket == num_tokens:
-            self._run(layer, buffers, x_TD, local_TK, w_TK, out_TD)
+            self._run(layer, buffers, x_TD, ids_TK, w_TK, out_TD)
             return
         padded = buffers.rows(bucket)
-        for target, source in zip(padded, (x_TD, local_TK, w_TK), strict=False):
+        for target, source in zip(padded, (x_TD, ids_TK, w_TK), strict=False):
             target[:num_tokens].copy_(source)
         buffers.ids_TK[num_tokens:bucket].fill_(-1)
         self._run(layer, buffers, *padded)

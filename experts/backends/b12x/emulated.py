@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experts.backends import ExpertBackend
+from experts.backends import ExpertBackend, Scales
 from experts.backends.b12x import numerics
-from experts.backends.b12x.layout import Scales, check_shape, padded_intermediate, prepare
+from experts.backends.b12x.layout import check_shape, padded_intermediate, prepare
 from experts.weights import ExpertWeights, MoEShape
 
 MAX_TERMS = 2**26
@@ -71,8 +71,8 @@ class B12xEmulatedBackend(ExpertBackend):
         own.input_scale[slot] = new.input_scale
         own.fc2_input_scale[slot] = new.fc2_input_scale
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
-        num_tokens, top_k = local_TK.shape
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        num_tokens, top_k = ids_TK.shape
         static = numerics.is_static(num_tokens, top_k)
         width = numerics.STATIC_SLICE if static else numerics.DYNAMIC_SLICE
         terms_of_token = top_k * padded_intermediate(self._intermediate) // width * x_TD.shape[1]
@@ -80,7 +80,7 @@ class B12xEmulatedBackend(ExpertBackend):
         combine = numerics.static_combine if static else numerics.dynamic_combine
         for start in range(0, num_tokens, step):
             rows = slice(start, start + step)
-            terms_TND = self.terms(layer, x_TD[rows], local_TK[rows], w_TK[rows], static=static)
+            terms_TND = self.terms(layer, x_TD[rows], ids_TK[rows], w_TK[rows], static=static)
             out_TD[rows] = combine(terms_TND)
 
     def terms(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, static: bool) -> Tensor:

@@ -8,20 +8,15 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from experts.backends import Scales
 from experts.nvfp4 import E4M3_MAX, GROUP
 from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
 
 logger = logging.getLogger(__name__)
-
-Scales = Literal["exact", "baked"]
-"""exact: the checkpoint's multipliers as they are, in float32.
-baked: as vLLM's FlashInferB12xExperts has it: scale_2 is multiplied into the e4m3 block scales, which rounds them (and
-below 2^-10 loses them), and every multiplier is 1. For parity with vLLM only."""
 
 HIDDEN_MULTIPLE = 128
 """The kernels' TMA tiles; hidden sizes cannot be padded without copying every activation."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experts.backends.b12x.layout import Scales, padded_intermediate
+from experts.backends import Scales
+from experts.backends.b12x.layout import padded_intermediate
 from experts.backends.b12x.weights import B12xWeights
 from experts.weights import ExpertWeights, MoEShape
 

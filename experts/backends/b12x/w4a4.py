@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experts.backends.b12x.layout import Scales, padded_intermediate
+from experts.backends import Scales
+from experts.backends.b12x.layout import padded_intermediate
 from experts.backends.b12x.library import write_output_to
 from experts.backends.b12x.numerics import STATIC_PAIRS
 from experts.backends.b12x.weights import B12xWeights

@@ -2,9 +2,9 @@
 
 import torch
 
+from experts.backends import Scales
 from experts.backends.b12x.layout import (
     PreparedExpert,
-    Scales,
     check_shape,
     mma_view,
     padded_intermediate,

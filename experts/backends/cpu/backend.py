@@ -5,6 +5,8 @@ exactly, and one float32 scale (e4m3 * scale_2 / 2) per 16 of them is applied to
 dequantised float32 needs 4, and no rounding that float32 weights would not have.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,16 +23,24 @@ class CpuBackend(ExpertBackend):
         if device.type != "cpu":
             raise ValueError(f"backend cpu runs on a CPU, not on {device}; `auto` chooses for this device")
         self._layers = {layer: _Layer(shape, num_slots) for layer in shape.moe_layers}
+        self._first_slot = 0
+        self._num_pairs = self._num_activated = 0
+
+    def take_physical(self, first_slot: int) -> Callable[[], Tensor]:
+        """Let the loop that computes a forward find the local pairs and count them: one call, and no tensor of slots."""
+        self._first_slot = first_slot
+        return self._totals
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._layers[layer].write(slot, weights)
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         sum_TD = out_TD if out_TD.dtype == torch.float32 else torch.empty_like(out_TD, dtype=torch.float32)
         weights = self._layers[layer]
-        loops.forward(
+        num_pairs, num_activated = loops.forward(
             x_TD.float().numpy(),
-            local_TK.numpy(),
+            ids_TK.contiguous().numpy(),
+            self._first_slot,
             w_TK.numpy(),
             weights.codes_13,
             weights.scales_13,
@@ -38,8 +48,13 @@ class CpuBackend(ExpertBackend):
             weights.scales_2,
             sum_TD.numpy(),
         )
+        self._num_pairs += num_pairs
+        self._num_activated += num_activated
         if sum_TD is not out_TD:
             out_TD.copy_(sum_TD)
+
+    def _totals(self) -> Tensor:
+        return torch.tensor([self._num_pairs, self._num_activated])
 
 
 class _Layer:

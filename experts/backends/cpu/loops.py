@@ -19,7 +19,9 @@ ROWS = 16
 """Rows of one expert that are computed together: their sums stay in the core's cache while its weights pass by."""
 
 _ids, _codes, _scales, _rows = "int32[:,::1]", "int8[:,:,:,::1]", "float32[:,:,::1]", "float32[:,::1]"
-_forward = f"void({_rows}, {_ids}, {_rows}, {_codes}, {_scales}, {_codes}, {_scales}, {_rows})"
+_forward = (
+    f"UniTuple(int64, 2)({_rows}, {_ids}, int64, {_rows}, {_codes}, {_scales}, {_codes}, {_scales}, {_rows})"
+)
 _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
@@ -90,18 +92,20 @@ def _swiglu(gate_up_R2I: Array, h_RI: Array) -> None:
 
 
 @njit(**_fast)
-def _sort_pairs(local_TK: Array, num_slots: int) -> tuple[Array, Array]:
-    """(pairs of local slots, slot by slot; [e + 1] where each slot's begin)."""
+def _sort_pairs(ids_TK: Array, first_slot: int, num_slots: int) -> tuple[Array, Array]:
+    """Return the pairs of local slots, slot by slot, and [e + 1] where the pairs of each slot begin."""
     begin_e = np.zeros(num_slots + 1, np.int64)
-    for slot in local_TK.flat:
-        if slot >= 0:
+    for id_ in ids_TK.flat:
+        slot = np.int64(id_) - first_slot
+        if 0 <= slot < num_slots:
             begin_e[slot + 1] += 1
     for slot in range(num_slots):
         begin_e[slot + 1] += begin_e[slot]
     pair_P = np.empty(begin_e[-1], np.int64)
     next_e = begin_e.copy()
-    for pair, slot in enumerate(local_TK.flat):
-        if slot >= 0:
+    for pair, id_ in enumerate(ids_TK.flat):
+        slot = np.int64(id_) - first_slot
+        if 0 <= slot < num_slots:
             pair_P[next_e[slot]] = pair
             next_e[slot] += 1
     return pair_P, begin_e
@@ -110,20 +114,24 @@ def _sort_pairs(local_TK: Array, num_slots: int) -> tuple[Array, Array]:
 @njit(_forward, **_fast)
 def forward(
     x_TD: Array,
-    local_TK: Array,
+    ids_TK: Array,
+    first_slot: int,
     w_TK: Array,
     codes_13: Array,
     scales_13: Array,
     codes_2: Array,
     scales_2: Array,
     out_TD: Array,
-) -> None:
-    """out_TD = for every token, the sum of w * expert(x) over its local experts.
+) -> tuple[int, int]:
+    """Set every row of out_TD to the sum of w * expert(x) over the token's local experts.
 
+    ids_TK: those in [first_slot, first_slot + e) are the local slots, all others are skipped.
+    Returns how many pairs are local, and how many slots they belong to.
     codes_13: [e, D / 16, 16, 2I], gate's columns first; codes_2: [e, I / 16, 16, D]; scales without the 16.
     """
     num_slots, _, _, width = codes_13.shape
-    top_k = local_TK.shape[1]
+    top_k = ids_TK.shape[1]
+    num_activated = 0
     x_RD = np.empty((ROWS, x_TD.shape[1]), np.float32)
     x_RBJ = x_RD.reshape(ROWS, -1, 16)
     gate_up_R2I = np.empty((ROWS, width), np.float32)
@@ -131,9 +139,10 @@ def forward(
     h_RBJ = h_RI.reshape(ROWS, -1, 16)
     y_RD = np.empty((ROWS, out_TD.shape[1]), np.float32)
 
-    pair_P, begin_e = _sort_pairs(local_TK, num_slots)
+    pair_P, begin_e = _sort_pairs(ids_TK, first_slot, num_slots)
     out_TD[:] = 0
     for slot in range(num_slots):
+        num_activated += begin_e[slot + 1] > begin_e[slot]
         for begin in range(begin_e[slot], begin_e[slot + 1], ROWS):
             pair_R = pair_P[begin : min(begin + ROWS, begin_e[slot + 1])]
             rows = len(pair_R)
@@ -145,3 +154,4 @@ def forward(
             for r in range(rows):
                 token, k = divmod(pair_R[r], top_k)
                 out_TD[token] += w_TK[token, k] * y_RD[r]
+    return begin_e[-1], num_activated

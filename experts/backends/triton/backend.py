@@ -4,7 +4,7 @@ T tokens, D hidden, K top-k, e slots, I intermediate, P = T * K pairs, R: those 
 matrix, J = K / 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from experts.backends import ExpertBackend
-from experts.backends.pairs import LocalPairs
 from experts.backends.triton import kernels as triton_kernels
 from experts.nvfp4 import GROUP
 from experts.progress import Progress
@@ -68,29 +67,31 @@ class TritonBackend(ExpertBackend):
         self._total = torch.zeros(2, dtype=torch.int64, device=device)
         self._first_slot = 0
 
-    def take_physical(self, first_slot: int) -> LocalPairs:
+    def take_physical(self, first_slot: int) -> Callable[[], Tensor]:
+        """Let `arrange` find the local pairs and count them."""
         self._first_slot = first_slot
-        return CountedPairs(self._total)
+        return self._total.clone
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self._layers[layer].write(slot, weights)
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+        ids_TK = ids_TK.contiguous()
         sizes = {"D": self._shape.hidden, "I": self._shape.intermediate}
         weights = self._layers[layer]
-        (num_tokens, top_k), num_pairs = local_TK.shape, local_TK.numel()
+        (num_tokens, top_k), num_pairs = ids_TK.shape, ids_TK.numel()
         gate_up, down = tiles(self._shape, num_pairs)
         num_blocks = min(num_pairs, self._num_slots + num_pairs // gate_up.rows)  # at most
 
         arranged_TD = torch.empty_like(x_TD)
         h_RI = x_TD.new_empty(num_pairs, sizes["I"])
         y_PD = x_TD.new_empty(num_pairs, sizes["D"])
-        count, blocks_B4 = local_TK.new_empty(1), local_TK.new_empty(num_blocks, 4)
-        lists = (local_TK.new_empty(self._num_slots, num_pairs), num_pairs, blocks_B4, count)
+        count, blocks_B4 = ids_TK.new_empty(1), ids_TK.new_empty(num_blocks, 4)
+        lists = (ids_TK.new_empty(self._num_slots, num_pairs), num_pairs, blocks_B4, count)
 
         moved = {"D": sizes["D"], "BLOCK_D": min(MOVED, triton.next_power_of_2(sizes["D"]))}
         kernels.arrange[(num_tokens,)](
-            *(x_TD, local_TK, self._first_slot, self._num_slots),
+            *(x_TD, ids_TK, self._first_slot, self._num_slots),
             *(self._counts_e, self._total, *lists, arranged_TD),
             TOP_K=top_k,
             LANES=triton.next_power_of_2(top_k),
@@ -108,7 +109,7 @@ class TritonBackend(ExpertBackend):
             **(sizes | down.options()),
         )
         kernels.combine[(num_tokens, triton.cdiv(sizes["D"], moved["BLOCK_D"]))](
-            *(y_PD, local_TK, self._first_slot, self._num_slots, out_TD), TOP_K=top_k, **moved
+            *(y_PD, ids_TK, self._first_slot, self._num_slots, out_TD), TOP_K=top_k, **moved
         )
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
@@ -166,21 +167,6 @@ class Matrix(NamedTuple):
         half = num_inputs // 2
         sizes = (num_slots, num_outputs, half), (num_slots, num_outputs, half // GROUP, 2)
         return cls(*(torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes))
-
-
-class CountedPairs(LocalPairs):
-    """`arrange` finds and counts them. total: int64 [2], PairCounts."""
-
-    in_graph = True
-
-    def __init__(self, total: Tensor) -> None:
-        self._total = total
-
-    def local(self, phys_TK: Tensor) -> Tensor:
-        return phys_TK.contiguous()
-
-    def totals(self) -> Tensor:
-        return self._total.clone()
 
 
 class Layer:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from experts.backends.pairs import LocalPairs
+from experts.backends import LocalPairs
 
 
 class PairsInKernel(LocalPairs):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from experts.backends import Scales
 from experts.backends.b12x import numerics
 from experts.backends.b12x.emulated import B12xEmulatedBackend
-from experts.backends.b12x.layout import Scales
 from experts.backends.reference import ReferenceBackend
 from experts.nvfp4 import dequantize
 from experts.weights import ExpertWeights, MoEShape

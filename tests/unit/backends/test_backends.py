@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experts.backends import BACKENDS, ExpertBackend, KernelSettings
+from experts.backends import ExpertBackend, KernelSettings
+from experts.backends.registry import BACKENDS
 from experts.nvfp4 import quantize
 from experts.placement import EMPTY, ExpertPlacement, even_placement
 from experts.shard import ExpertShard, slots_of
@@ -218,9 +219,7 @@ class NoBackend(ExpertBackend):
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None: ...
 
-    def forward(
-        self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor
-    ) -> None: ...
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None: ...
 
 
 class Operations(TorchDispatchMode):

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from deploy.cli.main import app
 from experts import selftest
-from experts.backends import BACKENDS, DEFAULTS, ExpertBackend
+from experts.backends import DEFAULTS, ExpertBackend
 from experts.backends.b12x.library import VERSIONS, Machine
 from experts.backends.grouped_mm import SortedPairsBackend
+from experts.backends.registry import BACKENDS
 from experts.placement import EMPTY
 from experts.selftest import Layer, Result, results_of
 from experts.weights import ExpertWeights
@@ -37,14 +38,14 @@ class Tampered(SortedPairsBackend):
             weights = replace(weights, gate=weights.up, up=weights.gate)
         super().write_slot(layer, slot, weights)
 
-    def forward(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         if self._mistake == "raises":
             raise RuntimeError("an illegal\n  instruction")
         if self._mistake == "another expert":
-            local_TK = torch.where(local_TK == EMPTY, EMPTY, (local_TK + 1) % LAYER.num_slots)
+            ids_TK = torch.where(ids_TK == EMPTY, EMPTY, (ids_TK + 1) % LAYER.num_slots)
         if self._mistake == "absent is expert 0":
-            local_TK = local_TK.clamp(min=0)
-        super().forward(layer, x_TD, local_TK, w_TK, out_TD=out_TD)
+            ids_TK = ids_TK.clamp(min=0)
+        super().forward(layer, x_TD, ids_TK, w_TK, out_TD=out_TD)
         if self._mistake == "a multiplier":
             out_TD *= 1.05
         if self._mistake == "the last row not written":

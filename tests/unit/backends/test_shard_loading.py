@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.backends import BACKENDS, ExpertBackend, KernelSettings
+from experts.backends import ExpertBackend, KernelSettings, Scales
 from experts.backends.b12x.emulated import B12xEmulatedBackend
-from experts.backends.b12x.layout import Scales
+from experts.backends.registry import BACKENDS
 from experts.checkpoint.index import CheckpointIndex
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.placement import place_evenly
@@ -33,9 +33,7 @@ class NeedsWarmth(ExpertBackend):
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
         self.did.append("write")
 
-    def forward(
-        self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor
-    ) -> None: ...
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None: ...
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
         yield Progress(0, 1, "kernels", "a kernel")

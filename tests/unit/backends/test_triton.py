@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experts.backends import BACKENDS, DEFAULTS
+from experts.backends import DEFAULTS
+from experts.backends.registry import BACKENDS
 from experts.nvfp4 import unpack
 from experts.weights import MoEShape
 from tests.support.server import ROOT
