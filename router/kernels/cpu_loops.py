@@ -17,7 +17,7 @@ _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"con
 
 @njit("void(float32[:,::1], float32[::1], float64, float32[:,::1])", **_fast)
 def rms_norm(x_RD: Array, weight_D: Array, eps: float, out_RD: Array) -> None:
-    """out = x / sqrt(mean(x * x) + eps) * weight, for each of R rows."""
+    """Write out = x / sqrt(mean(x * x) + eps) * weight for each of R rows."""
     num_rows, width = x_RD.shape
     for r in range(num_rows):
         squares = np.float32(0)
@@ -30,7 +30,7 @@ def rms_norm(x_RD: Array, weight_D: Array, eps: float, out_RD: Array) -> None:
 
 @njit(f"void({_heads}, float32[:,::1], float32[:,::1], {_heads})", **_fast)
 def rotate_halves(x_THD: Array, cos_TR: Array, sin_TR: Array, out_THD: Array) -> None:
-    """Rotary embedding of the first R features: feature r turns with r + R / 2. The others are copied."""
+    """Write the rotary embedding of the first R features, where feature r turns with r + R / 2; copy the others."""
     num_rows, num_heads, _ = x_THD.shape
     half = cos_TR.shape[1] // 2
     for t in range(num_rows):
@@ -44,7 +44,7 @@ def rotate_halves(x_THD: Array, cos_TR: Array, sin_TR: Array, out_THD: Array) ->
 
 @njit(f"void({_heads}, {_heads}, int64[::1], {_heads}, {_heads})", **_fast)
 def write_cache(k_TGD: Array, v_TGD: Array, slot_T: Array, k_SGD: Array, v_SGD: Array) -> None:
-    """Each row's key and value into its slot."""
+    """Write each row's key and value into its slot of the cache."""
     for t in range(len(slot_T)):
         k_SGD[slot_T[t]] = k_TGD[t]
         v_SGD[slot_T[t]] = v_TGD[t]
@@ -62,7 +62,7 @@ def _scores(q_D: Array, k_SGD: Array, slot_S: Array, group: int, score_S: Array)
 
 @njit(**_fast)
 def _softmax(score_S: Array, scale: float) -> None:
-    """In place: of scale * score."""
+    """Replace scores by softmax(scale * score)."""
     highest = score_S.max()
     total = np.float32(0)
     for s in range(len(score_S)):
@@ -93,7 +93,7 @@ def decode_attention(
     scale: float,
     out_BHD: Array,
 ) -> None:
-    """One query of each request over the first `length` tokens in its table's blocks, read where they lie.
+    """Attend with one query of each request to the first length_B tokens of its blocks, read in place.
 
     scale: above zero. Query heads of one KV head stand together.
     """

@@ -1,4 +1,4 @@
-"""Paged attention of decoding requests, by Triton kernels that read contexts where they lie in the cache.
+"""Paged attention of decoding requests by Triton kernels that read the contexts in place, in the KV cache.
 
 B decoding requests, N blocks of a table, S slots of the cache, H query heads, G KV heads, Q of them to one KV head, D head dim.
 Tensors may have any strides but the last, which is 1.
@@ -12,10 +12,10 @@ from torch import Tensor
 from router.cache.kv_cache import LayerCache
 
 BLOCK_S = 64
-"""Tokens of a context at a time."""
+"""Tokens of a context that a program reads at a time."""
 
 MAX_PARTS = 32
-"""Into which a context may be cut, so that a few requests fill a GPU too."""
+"""Most parts into which a context is cut, so that a few requests fill a GPU too."""
 
 
 def decode_attention(
@@ -27,7 +27,10 @@ def decode_attention(
     scale: float,
     out_BHD: Tensor,
 ) -> None:
-    """softmax(q k * scale) v over each request's first length tokens, whose slots its blocks are; in float32."""
+    """Write out = softmax(q k * scale) v over the first length_B tokens of each request's blocks, computed in float32.
+
+    q_BHD: one query of each request. table_BN: int64, the blocks of its context. out_BHD: the caller's.
+    """
     num_rows, num_heads, head_dim = q_BHD.shape
     num_kv_heads = cache.k_SGD.shape[1]
     parts = num_parts(num_rows * num_kv_heads, q_BHD.device)
@@ -36,8 +39,18 @@ def decode_attention(
     queries = num_heads // num_kv_heads
     sizes = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "H": num_heads, "PARTS": parts}
     _attend[(num_rows, num_kv_heads, parts)](
-        *(q_BHD, *cache, table_BN, length_B, partial_BHPD, peak_BHP2, scale),
-        *(*q_BHD.stride()[:2], table_BN.stride(0)),
+        q_BHD=q_BHD,
+        k_SGD=cache.k_SGD,
+        v_SGD=cache.v_SGD,
+        scale_SG2=cache.scale_SG2,
+        table_BN=table_BN,
+        length_B=length_B,
+        partial_BHPD=partial_BHPD,
+        peak_BHP2=peak_BHP2,
+        scale=scale,
+        q_stride_b=q_BHD.stride(0),
+        q_stride_h=q_BHD.stride(1),
+        table_stride=table_BN.stride(0),
         G=num_kv_heads,
         Q=queries,
         BLOCK_Q=max(16, triton.next_power_of_2(queries)),
@@ -45,11 +58,18 @@ def decode_attention(
         BLOCK_S=BLOCK_S,
         **sizes,
     )
-    _add_parts[(num_rows, num_heads)](partial_BHPD, peak_BHP2, out_BHD, *out_BHD.stride()[:2], **sizes)
+    _add_parts[(num_rows, num_heads)](
+        partial_BHPD=partial_BHPD,
+        peak_BHP2=peak_BHP2,
+        out_BHD=out_BHD,
+        out_stride_b=out_BHD.stride(0),
+        out_stride_h=out_BHD.stride(1),
+        **sizes,
+    )
 
 
 def num_parts(num_programs: int, device: torch.device) -> int:
-    """A power of two, with which so many programs become two for each multiprocessor."""
+    """Return into how many parts to cut contexts: the power of two that makes about two programs for each SM."""
     wanted = 2 * _num_multiprocessors(device) // num_programs
     return min(MAX_PARTS, 1 << max(0, wanted.bit_length() - 1))
 
@@ -82,7 +102,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One part of a context, for the query heads of one KV head: its sum of values, largest score and sum of weights."""
+    """Attend to one part of a context with the query heads of one KV head: sum of values, largest score, sum of weights."""
     row, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(length_B + row)
     size = tl.cdiv(tl.cdiv(length, PARTS), BLOCK_S) * BLOCK_S
@@ -148,7 +168,7 @@ def _add_parts(
 
 @triton.jit
 def widened(x, dtype: tl.constexpr):
-    """FP8 as numbers of this dtype, not yet times their scale, in the layout in which they were loaded."""
+    """Return FP8 numbers in this dtype, not yet times their scale, in the register layout in which they were loaded."""
     # By way of float32: a GPU turns float16, which FP8 becomes first, into bfloat16 at a sixteenth of its speed.
     x = x.to(tl.float32).to(dtype)
     # Taken apart and joined again: the compiler would else move each byte by itself into the layout of a product.

@@ -1,4 +1,4 @@
-"""A product of so few rows that each reads the matrix for itself, by a Triton kernel. Others are a library's.
+"""Linear layers of few rows by a Triton kernel in which each row reads the matrix for itself; others are a library's.
 
 T rows, N outputs, K inputs.
 """
@@ -9,24 +9,31 @@ import triton.language as tl
 from torch import Tensor
 
 READ_AGAIN = 8 << 20
-"""Bytes of a matrix, times rows: a level 2 cache gives them as quickly as a library computes. One row is read once anyhow."""
+"""Bytes of a matrix times rows up to which reading it anew for each row is quicker than a library: the L2 cache holds it.
+
+A single row is ours whatever the size: it reads the matrix once in either case.
+"""
 
 OUTPUTS = 2
-"""Of a program: the fewer, the more of a matrix is in flight."""
+"""Outputs of one program. The fewer, the more of the matrix is in flight."""
 
 INPUTS = 2048
-"""At a time."""
+"""Inputs that a program reads at a time."""
 
 
 def linear(weight_NK: Tensor, bias_N: Tensor | None, x: Tensor) -> Tensor:
-    """As torch's, with sums in float32."""
+    """Return x @ weight.T + bias as torch's F.linear does, with sums in float32."""
     num_outputs, num_inputs = weight_NK.shape
     num_rows = x.numel() // num_inputs
     if not is_ours(num_rows, weight_NK):
         return F.linear(x, weight_NK, bias_N)
     out = x.new_empty(*x.shape[:-1], num_outputs)
     _linear[(triton.cdiv(num_outputs, OUTPUTS), num_rows)](
-        *(x.contiguous(), weight_NK, weight_NK if bias_N is None else bias_N, out, num_outputs),
+        x_TK=x.contiguous(),
+        weight_NK=weight_NK,
+        bias_N=weight_NK if bias_N is None else bias_N,  # read only where BIAS
+        out_TN=out,
+        N=num_outputs,
         K=num_inputs,
         BIAS=bias_N is not None,
         BLOCK_N=OUTPUTS,
@@ -36,7 +43,7 @@ def linear(weight_NK: Tensor, bias_N: Tensor | None, x: Tensor) -> Tensor:
 
 
 def is_ours(num_rows: int, weight_NK: Tensor) -> bool:
-    """Whether our kernel is the quicker one."""
+    """Return whether our kernel is quicker than a library's for so many rows and this matrix."""
     return num_rows == 1 or 0 < num_rows * weight_NK.numel() * weight_NK.element_size() <= READ_AGAIN
 
 

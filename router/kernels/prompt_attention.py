@@ -1,4 +1,4 @@
-"""Paged attention of prompts, by a Triton kernel that reads contexts where they lie in the cache: one launch for a step.
+"""Paged attention of prompts by a Triton kernel that reads the contexts in place, in the KV cache: one launch a step.
 
 T rows of a step, P chunks, X tiles, N blocks of a table, S slots of the cache, H query heads, G KV heads, Q of them to one KV
 head, D head dim. Tensors may have any strides but the last, which is 1.
@@ -15,22 +15,33 @@ from router.kernels.decode_attention import widened
 from router.kernels.prompt_tiles import PromptTiles
 
 BLOCK_S = 64
-"""Tokens of a context at a time."""
+"""Tokens of a context that a program reads at a time."""
 
 
 def prompt_attention(
     q_THD: Tensor, cache: LayerCache, prompts: PromptTiles, block_size: int, scale: float, out_THD: Tensor
 ) -> None:
-    """softmax(q k * scale) v over each row's context up to its own token, all of which is in the cache; in float32.
+    """Write out = softmax(q k * scale) v over each row's context up to its own token, computed in float32.
 
-    Rows of no tile are left as they are.
+    The step's keys and values must be in the cache. Rows that stand in no tile of `prompts` are left as they are.
     """
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = cache.k_SGD.shape[1]
     queries = num_heads // num_kv_heads
     _attend[(num_kv_heads, len(prompts.tile_X4))](
-        *(q_THD, *cache, prompts.table_PN, prompts.tile_X4, out_THD, scale * math.log2(math.e)),
-        *(*q_THD.stride()[:2], *out_THD.stride()[:2], prompts.table_PN.stride(0)),
+        q_THD=q_THD,
+        k_SGD=cache.k_SGD,
+        v_SGD=cache.v_SGD,
+        scale_SG2=cache.scale_SG2,
+        table_PN=prompts.table_PN,
+        tile_X4=prompts.tile_X4,
+        out_THD=out_THD,
+        scale=scale * math.log2(math.e),
+        q_stride_t=q_THD.stride(0),
+        q_stride_h=q_THD.stride(1),
+        out_stride_t=out_THD.stride(0),
+        out_stride_h=out_THD.stride(1),
+        table_stride=prompts.table_PN.stride(0),
         G=num_kv_heads,
         Q=queries,
         D=head_dim,
@@ -42,7 +53,7 @@ def prompt_attention(
     )
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it is the longest context's, of every step another
+@triton.jit(do_not_specialize=["table_stride"])  # the longest context sets it: another one in every step
 def _attend(
     q_THD,
     k_SGD,
@@ -65,7 +76,10 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A tile, for the query heads of one KV head. A row is a token's head. scale: times log2(e), since we have 2^x only."""
+    """Compute one tile for the query heads of one KV head; a row is one head of one token.
+
+    scale: already times log2(e), since the kernel computes 2^x.
+    """
     group, tile_4 = tl.program_id(0), tile_X4 + tl.program_id(1) * 4
     chunk, first_row = tl.load(tile_4), tl.load(tile_4 + 1)
     position, count = tl.load(tile_4 + 2).to(tl.int32), tl.load(tile_4 + 3).to(tl.int32)
@@ -116,7 +130,10 @@ def _add(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Peak, weight and total with the tokens from `begin` on. EDGE: some are behind the end, or behind a row's own."""
+    """Add BLOCK_S tokens of the context, from `begin` on, to the running softmax: peak, weight and total.
+
+    EDGE: some of the tokens are beyond the chunk's end, or beyond a row's own token.
+    """
     token, d = begin + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     held = token < end if EDGE else tl.full((BLOCK_S,), True, tl.int1)
     block = tl.load(table_N + token // BLOCK_SIZE, mask=held, other=0)

@@ -1,4 +1,4 @@
-"""PromptTiles: the chunks of prompts in a step, cut so that one launch of a kernel computes all of them.
+"""PromptTiles: the chunks of prompts in a step, cut into tiles so that one launch of a kernel computes all of them.
 
 P chunks, X tiles, N blocks of a table.
 """
@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 ROWS = 64
-"""Of a tile: one for each of its tokens and each query head of a KV head. As many as keep a GPU's matrix units busy."""
+"""Rows of a tile: one for each of its tokens and each query head of a KV head. So many keep a GPU's tensor cores busy."""
 
 ROWS_FLOAT32 = 16
-"""Those units do not compute in float32."""
+"""Rows of a tile in float32, in which tensor cores do not compute."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptTiles:
-    """tile_X4: of each tile its chunk, its first token's row in the step and position in the context, and how many tokens it
-    has, at most `tokens`. table_PN: blocks of the chunks' contexts, padded to the longest.
+    """The tiles of a step, and where their contexts are.
+
+    tile_X4: int64; of each tile its chunk, its first token's row in the step and position in the context, and how many
+    tokens it has, at most `tokens`. table_PN: int64, blocks of the chunks' contexts, padded to the longest.
     """
 
     tile_X4: Tensor
@@ -29,14 +31,14 @@ class PromptTiles:
 
 
 def tokens_per_tile(group_size: int, dtype: torch.dtype) -> int:
-    """group_size: query heads of one KV head. dtype: of queries."""
+    """Return how many tokens a tile has. group_size: query heads of one KV head. dtype: that of the queries."""
     return max(1, (ROWS_FLOAT32 if dtype == torch.float32 else ROWS) // group_size)
 
 
 def cut_into_tiles(spans: Sequence[tuple[int, int]], *, first: int, tokens: int) -> np.ndarray:
-    """int64 [X, 4], as PromptTiles says, those that take longest first.
+    """Return PromptTiles.tile_X4, int64 [X, 4], the tiles that take longest first.
 
-    spans: of each chunk its first position and how many tokens it has. first: row of the step where the chunks begin.
+    spans: the first position and the number of tokens of each chunk. first: the row of the step where the chunks begin.
     """
     tiles = []
     for chunk, (start, count) in enumerate(spans):

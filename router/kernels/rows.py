@@ -1,5 +1,6 @@
-"""Triton kernels for what a decode step on a GPU would otherwise spend most of its time starting.
+"""Triton kernels for the small operations of a decode step on a GPU, which would cost more to start one by one.
 
+Each program computes one row: cache writes, RMSNorm, rotary embedding, softmax and top-k of the gate.
 T rows of a step, S slots of the cache, H query heads, G KV heads, D head dim, R rotated features, E experts, K top-k. Tensors
 may have any strides but the last, which is 1.
 """
@@ -14,12 +15,23 @@ from router.cache.kv_cache import LayerCache
 
 
 def write_cache(k_TGD: Tensor, v_TGD: Tensor, slot_T: Tensor, cache: LayerCache) -> None:
-    """Each row's key and value into its slot, as fp8.quantize says where the cache is FP8; nowhere if the slot is negative."""
+    """Write each row's key and value into its slot of the cache; a row with a negative slot is written nowhere.
+
+    An FP8 cache gets what fp8.quantize makes of them.
+    """
     num_rows, num_heads, head_dim = k_TGD.shape
     assert all(tensor is None or tensor.is_contiguous() for tensor in cache)
     _write_cache[(num_rows,)](
-        *(k_TGD, v_TGD, slot_T, cache.k_SGD, cache.v_SGD, cache.scale_SG2),
-        *(*k_TGD.stride()[:2], *v_TGD.stride()[:2]),
+        k_TGD=k_TGD,
+        v_TGD=v_TGD,
+        slot_T=slot_T,
+        k_SGD=cache.k_SGD,
+        v_SGD=cache.v_SGD,
+        scale_SG2=cache.scale_SG2,
+        k_stride_t=k_TGD.stride(0),
+        k_stride_g=k_TGD.stride(1),
+        v_stride_t=v_TGD.stride(0),
+        v_stride_g=v_TGD.stride(1),
         LARGEST=LARGEST,
         SMALLEST_PEAK=SMALLEST_PEAK,
         G=num_heads,
@@ -30,12 +42,16 @@ def write_cache(k_TGD: Tensor, v_TGD: Tensor, slot_T: Tensor, cache: LayerCache)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x * x) + eps) * weight, along the last dimension; in float32."""
+    """Return x / sqrt(mean(x * x) + eps) * weight along the last dimension, computed in float32, in x's dtype."""
     width = x.shape[-1]
     rows_RD = x.reshape(-1, width)
     out_RD = torch.empty_like(rows_RD)
     _rms_norm[(len(rows_RD),)](
-        *(rows_RD, weight_D, out_RD, rows_RD.stride(0), eps),
+        x_RD=rows_RD,
+        weight_D=weight_D,
+        out_RD=out_RD,
+        stride=rows_RD.stride(0),
+        eps=eps,
         D=width,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=4 if width >= 1024 else 1,
@@ -44,12 +60,17 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + more, rounded to its dtype, and the RMSNorm of that."""
+    """Return x + more, rounded to their dtype, and the RMSNorm of that sum."""
     x, more = x.contiguous(), more.contiguous()
     width = x.shape[-1]
     sum_, out = torch.empty_like(x), torch.empty_like(x)
     _add_rms_norm[(x.numel() // width,)](
-        *(x, more, weight_D, sum_, out, eps),
+        x_RD=x,
+        more_RD=more,
+        weight_D=weight_D,
+        sum_RD=sum_,
+        out_RD=out,
+        eps=eps,
         D=width,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=4 if width >= 1024 else 1,
@@ -65,16 +86,30 @@ def rotate_halves(
     *,
     norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of the first R features: feature r turns with r + R / 2. The others are copied.
+    """Return queries and keys with the rotary embedding of their first R features; the others are copied.
 
-    norms: of each head's RMSNorm before that: weights [D] of queries and of keys, epsilon.
+    Feature r turns with r + R / 2. norms: an RMSNorm of each head comes first, with these weights [D] of queries and of
+    keys and this epsilon. Both results are views of one new tensor.
     """
     num_rows, num_heads, head_dim = q_THD.shape
     num_kv_heads = k_TGD.shape[1]
     rotated = q_THD.new_empty(num_rows, num_heads + num_kv_heads, head_dim)
+    q_norm_D, k_norm_D, epsilon = norms or (q_THD, k_TGD, 0.0)  # read only where NORM
     _rotate_halves[(num_rows, num_heads + num_kv_heads)](
-        *(q_THD, k_TGD, cos_TR, sin_TR, rotated, *(norms or (q_THD, k_TGD, 0.0))),
-        *(*q_THD.stride()[:2], *k_TGD.stride()[:2], cos_TR.stride(0), sin_TR.stride(0)),
+        q_THD=q_THD,
+        k_TGD=k_TGD,
+        cos_TR=cos_TR,
+        sin_TR=sin_TR,
+        out_TXD=rotated,
+        q_norm_D=q_norm_D,
+        k_norm_D=k_norm_D,
+        epsilon=epsilon,
+        q_stride_t=q_THD.stride(0),
+        q_stride_h=q_THD.stride(1),
+        k_stride_t=k_TGD.stride(0),
+        k_stride_g=k_TGD.stride(1),
+        cos_stride=cos_TR.stride(0),
+        sin_stride=sin_TR.stride(0),
         H=num_heads,
         HEADS=num_heads + num_kv_heads,
         D=head_dim,
@@ -89,15 +124,19 @@ def rotate_halves(
 def softmax_top_k(
     logits_TE: Tensor, top_k: int, *, rounded_to: torch.dtype, divided: bool
 ) -> tuple[Tensor, Tensor]:
-    """float32 [T, K], the largest probabilities of each row, descending; int64 [T, K], whose: the lower id of equal ones.
+    """Return the largest K probabilities of each row, descending, float32 [T, K], and their experts' ids, int64 [T, K].
 
-    divided: by their sum. rounded_to: a dtype, whatever for.
+    Of equal ones the lower id comes first. divided: the weights are divided by their sum. rounded_to: the weights are
+    rounded to this dtype (and stay float32), as a family whose gate returns them in it does.
     """
     num_rows, num_experts = logits_TE.shape
     w_TK = logits_TE.new_empty(num_rows, top_k, dtype=torch.float32)
     id_TK = logits_TE.new_empty(num_rows, top_k, dtype=torch.int64)
     _softmax_top_k[(num_rows,)](
-        *(logits_TE, w_TK, id_TK, logits_TE.stride(0)),
+        logits_TE=logits_TE,
+        w_TK=w_TK,
+        id_TK=id_TK,
+        stride=logits_TE.stride(0),
         E=num_experts,
         K=top_k,
         DIVIDED=divided,
