@@ -1,1 +1,1 @@
-"""From requests to tokens and back. Knows nothing of Ray, HTTP or YAML."""
+"""The router: from requests to tokens and back. It knows nothing of Ray, HTTP or YAML."""

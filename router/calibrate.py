@@ -1,7 +1,7 @@
-"""Calibration: how large the inputs of a checkpoint's expert matrices become on a sample text.
+"""Calibration: the largest inputs of a checkpoint's expert matrices on a sample text, from which input scales are made.
 
-The trunk runs as it does when serving, all sequences in one forward. In place of the dispatcher stands a recorder that
-reads one expert at a time, so memory holds the trunk, one expert and the activations.
+The trunk runs as it does when serving, all sequences in one forward. A recorder takes the dispatcher's place and reads one
+expert at a time, so memory holds the trunk, one expert and the activations.
 T tokens, D hidden, K top-k, R tokens routed to one expert, I intermediate.
 """
 
@@ -25,16 +25,16 @@ from router.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
-"""English, code and chats."""
+"""The sample that is shipped: English, code and chats."""
 
 SEQUENCE_TOKENS = 512
 MAX_SEQUENCES = 64
 
 
 def calibrate(checkpoint: Path, text: Path, *, progress: bool) -> dict[int, tuple[float, float]]:
-    """Of each MoE layer, the largest magnitude of what enters gate and up, and of what enters down.
+    """Return, for each MoE layer, the largest magnitude of the inputs of gate and up, and of those of down.
 
-    checkpoint: not quantised. Of the text the first 32768 tokens count. Runs on the GPU in bfloat16 if there is one,
+    checkpoint: not quantised. The first 32768 tokens of the text count. Runs on the GPU in bfloat16 if there is one,
     else on the CPU in float32. Raises ValueError for a checkpoint that we do not serve, or a text without tokens.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,7 @@ def calibrate(checkpoint: Path, text: Path, *, progress: bool) -> dict[int, tupl
 
 
 class _Recorder:
-    """Computes routed experts, weights from disk, and records what enters their matrices."""
+    """A stand-in for the dispatcher: computes routed experts with weights from disk, and records their matrices' inputs."""
 
     def __init__(self, experts: ExpertCheckpoint, report: Report) -> None:
         self.amax: dict[int, tuple[float, float]] = {}
@@ -60,7 +60,7 @@ class _Recorder:
         self._report = report
 
     def report_layers(self) -> None:
-        """How many are done."""
+        """Report how many layers are done."""
         self._report(Progress(len(self.amax), len(self._experts.shape.moe_layers), "layers"))
 
     def moe(self, layer: int, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _sequences(checkpoint: Path, text: Path, *, max_tokens: int) -> list[list[in
 
 
 def _forward(trunk: Trunk, sequences: Sequence[Sequence[int]], experts: _Recorder) -> None:
-    """Each sequence is a prompt in one block of the cache."""
+    """Run one step in which each sequence is a prompt in one block of the cache."""
     longest = len(sequences[0])
     tables = BlockTables(
         num_blocks=len(sequences), block_size=longest, max_requests=len(sequences), max_tokens=longest
@@ -121,7 +121,7 @@ def _forward(trunk: Trunk, sequences: Sequence[Sequence[int]], experts: _Recorde
 
 
 def _shared_cache(trunk: Trunk, *, num_slots: int) -> KVCache:
-    """All layers write to the same memory: whole prompts read of it only what their own layer has just written."""
+    """Return a cache whose layers share memory: a whole prompt reads only what its own layer has just written."""
     cache = KVCache(
         replace(trunk.shape, num_layers=1), num_slots=num_slots, dtype=trunk.dtype, device=trunk.device
     )

@@ -1,4 +1,4 @@
-"""What a user may say about the router: the engine and the trunk it drives."""
+"""The config of the router: the engine and the trunk that it drives."""
 
 from typing import Annotated, Literal
 
@@ -8,19 +8,23 @@ from experts.config import Config
 
 
 class KVCacheConfig(Config):
+    """The paged KV cache."""
+
     block_size: int = Field(default=16, ge=1, le=256)
     """Tokens per block."""
 
     memory_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Of all layers' keys and values together, in GiB; `auto` takes what the device has left, see kv_cache.memory_for."""
+    """Memory for keys and values of all layers together, in GiB; `auto` takes what the device has left, see kv_cache.memory_for."""
 
     dtype: Literal["auto", "fp8_e4m3"] = "auto"
-    """Of keys and values; `auto` is the trunk's. FP8 holds twice as many tokens, a little less exactly, see fp8.py."""
+    """Dtype of keys and values; `auto` is the trunk's. FP8 holds twice as many tokens, a little less exactly, see fp8.py."""
 
 
 class RouterConfig(Config):
+    """The engine; fixed for the life of a router."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the trunk; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """Dtype of the trunk; `auto` is float32 on a CPU and bfloat16 on a GPU."""
 
     max_requests: int = Field(default=64, ge=1)
     """Requests that run at the same time; more wait in the queue."""
@@ -29,16 +33,16 @@ class RouterConfig(Config):
     """Requests that may wait; one more is refused (HTTP 429)."""
 
     max_batch_tokens: int = Field(default=2048, ge=1)
-    """Most tokens of one step; a longer prompt is computed in parts. At least one for each of max_requests."""
+    """Most tokens of one step; a longer prompt is computed in parts. There must be at least one for each of max_requests."""
 
     stall_limit_s: float = Field(default=900.0, gt=0)
-    """How long requests wait for lost shards before they fail (HTTP 503)."""
+    """Seconds that requests wait for lost shards before they fail (HTTP 503)."""
 
     drain_s: float = Field(default=30.0, ge=0)
-    """How long requests may go on once the server is told to stop; then they end with the text that there is."""
+    """Seconds that requests may go on once the server is told to stop; then they end with the text that they have."""
 
     ready_within_s: float = Field(default=10.0, gt=0)
-    """/ready is true while the last decode step is no older than this; else it makes one."""
+    """/ready is true while the last decode step is no older than so many seconds; if it is older, a step is made."""
 
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the trunk; None leaves it to torch, which takes every core."""

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json: whether we serve that model, and the sizes of its dense part."""
+"""A checkpoint's config.json as the router reads it: whether we serve the model, and the sizes of its dense part."""
 
 import json
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ FAMILIES = ("qwen3_moe", "minimax_m2", "glm4_moe", "mixtral", "ernie4_5_moe", "h
 
 
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-"""Ways of scaling that are the same for every request."""
+"""Kinds of rope scaling that are the same for every request."""
 
 
 @dataclass(frozen=True)
 class TrunkShape:
-    """max_model_len: tokens of prompt and answer together."""
+    """The sizes of a model's dense part. max_model_len: the most tokens of a prompt and its answer together."""
 
     num_layers: int
     num_heads: int
@@ -30,7 +30,7 @@ class TrunkShape:
 
 
 def check_family(path: Path) -> None:
-    """ValueError, which says what is not supported, for a directory that is no checkpoint or one that we do not serve.
+    """Raise ValueError, which says what is not supported, unless the directory is a checkpoint that we serve.
 
     Reads config.json alone, in the spellings of old and new releases of transformers.
     """
@@ -60,7 +60,7 @@ def check_family(path: Path) -> None:
 
 
 def read_config(path: Path) -> "PreTrainedConfig":
-    """The model's config, checked as in check_family."""
+    """Return the model's config, checked as check_family does."""
     from transformers import AutoConfig  # seconds, which a check of the family need not wait for
 
     check_family(path)
@@ -71,6 +71,7 @@ def read_config(path: Path) -> "PreTrainedConfig":
 
 
 def shape_of(config: "PreTrainedConfig") -> TrunkShape:
+    """Return the sizes that a config says."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return TrunkShape(
         num_layers=config.num_hidden_layers,
@@ -97,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _sliding_window(config: dict[str, Any]) -> int | None:
-    """In tokens. qwen3_moe alone has a switch for it, and a window if nothing is said."""
+    """Return the sliding window in tokens, 0 or None if there is none. Only qwen3_moe has a switch for it, and a default window."""
     if config["model_type"] == "qwen3_moe":
         return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     return config.get("sliding_window")

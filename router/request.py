@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers. Plain data: it crosses process borders."""
+"""Requests to the engine and its outputs. Plain data: it is sent between processes."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,15 +8,16 @@ FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Names and defaults are vLLM's; temperature 0 is greedy.
+    """How a request's tokens are sampled. Names and defaults are vLLM's; temperature 0 is greedy.
 
     max_tokens: None stops only at the context's end; 0, with prompt_logprobs, only scores the prompt.
-    min_tokens: so many come before an end token or a stop string may end the text.
+    min_tokens: so many tokens come before an end token or a stop string may end the text.
     stop: strings that end the text and are not part of it.
-    stop_token_ids: besides the model's own end-of-sequence tokens, which ignore_eos leaves out.
-    logit_bias: (token id, what is added to its logit). grammar: the text must be of it, see router.grammar.
-    top_k: 0 keeps all. seed: None draws one. logprobs: that many alternatives beside the chosen token's
-    (0: only the chosen one's), None for none. prompt_logprobs: the same for every token of the prompt.
+    stop_token_ids: tokens that end the text besides the model's end-of-sequence tokens; ignore_eos ignores the latter.
+    logit_bias: pairs of a token id and the bias added to its logit. grammar: one that the text must follow, see
+    router.sampling.grammar. top_k: 0 keeps all tokens. seed: None draws one. logprobs: the number of alternatives
+    reported beside the chosen token (0: only the chosen one), None for no logprobs. prompt_logprobs: the same for every
+    token of the prompt.
     """
 
     max_tokens: int | None = None
@@ -38,7 +39,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the field, for what a user gave us."""
+        """Raise ValueError naming the field for a value that is out of range."""
         least = 1 if self.prompt_logprobs is None else 0
         _check(
             "max_tokens",
@@ -71,7 +72,7 @@ def _check(name: str, value: object, ok: bool, rule: str) -> None:
 
 
 class QueueFull(Exception):
-    """The engine takes no more requests now; it may after `retry_after_s`."""
+    """The engine's queue is full. The request may be sent again after `retry_after_s` seconds."""
 
     def __init__(self, retry_after_s: float = 1.0) -> None:
         super().__init__(retry_after_s)
@@ -80,10 +81,10 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. id is unique among the requests of an engine's life.
+    """One prompt to continue. id: unique among all requests of an engine's life.
 
-    priority: lower ones are served first (vLLM's sense). timeout_s: from its arrival at the engine; then it ends, with
-    the text that there is.
+    priority: lower values are served first, as in vLLM. timeout_s: seconds from the arrival at the engine, after which
+    the request ends with the text that it has.
     """
 
     id: str
@@ -95,7 +96,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithm of the model's own probability, before temperature and penalties.
+    """The natural logarithm of a token's probability, before temperature and penalties.
 
     top: (token id, logprob) of the likeliest tokens, likeliest first.
     """
@@ -107,13 +108,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step added to a request. The parts of all outputs of a request, joined, are its answer.
+    """The increment that one step adds to a request's answer. All outputs of a request, joined, are its answer.
 
     text: whole characters only; it may lag behind the tokens. finish: set in a request's last output.
     stop_reason: the stop string or the token of stop_token_ids that ended it. error: a sentence, when finish is
-    "error". In the first output stand prompt_logprobs, of all tokens but the first, if they were asked for,
-    num_cached, the tokens of the prompt whose keys and values were found in the prefix cache, and queued_s, how long it
-    waited for its first step.
+    "error". Only the first output has prompt_logprobs, of all prompt tokens but the first, if they were asked for;
+    num_cached, the number of prompt tokens whose keys and values were found in the prefix cache; and queued_s, the seconds
+    that the request waited for its first step.
     """
 
     id: str

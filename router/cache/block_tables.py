@@ -1,9 +1,9 @@
-"""Paged KV cache, the accounting: which request holds which blocks, and which blocks others may find again.
+"""BlockTables: which request holds which blocks of the KV cache, and which blocks others may find again (prefix cache).
 
 The prefix cache is the set of published blocks: a block stays findable by its key after its holders have left, until it
 is taken for other tokens, least recently released first. No keys or values are stored here; see kv_cache.py.
 
-R rows (one per running request), N blocks of a row, P places of blocks in a row.
+R rows (one per running request), N blocks of a row.
 """
 
 import hashlib
@@ -16,7 +16,10 @@ import numpy as np
 
 
 class BlockTables:
-    """Which blocks each running request holds, in the order of its tokens. Accounting only: no keys, no values."""
+    """The table of blocks of each running request, in the order of its tokens.
+
+    table_RN: int64, the blocks of each row; what stands beyond a row's own blocks means nothing.
+    """
 
     def __init__(self, *, num_blocks: int, block_size: int, max_requests: int, max_tokens: int) -> None:
         self.block_size = block_size
@@ -30,23 +33,24 @@ class BlockTables:
 
     @property
     def num_free_blocks(self) -> int:
-        """Held by no row. Among them are those of the prefix cache, which are given away when no others are left."""
+        """The number of blocks that no row holds. Those of the prefix cache are among them, and are given away last."""
         return self._pool.num_free
 
     @property
     def num_free_rows(self) -> int:
+        """The number of requests that may still start to run."""
         return len(self._free_rows)
 
     def take_row(self) -> int | None:
-        """A row for a new request, or None if max_requests run already."""
+        """Return a row for a new request, or None if max_requests run already."""
         return self._free_rows.pop() if self._free_rows else None
 
     def num_found(self, keys: Sequence[bytes]) -> int:
-        """How many of the first of these blocks the prefix cache has."""
+        """Return how many blocks of this prefix, in order, the prefix cache has."""
         return next((n for n, key in enumerate(keys) if self._pool.find(key) is None), len(keys))
 
     def share(self, row: int, keys: Sequence[bytes]) -> None:
-        """Let a row that holds nothing begin with these blocks, all of which the prefix cache has."""
+        """Let a row that holds nothing begin with the blocks of these keys, all of which the prefix cache has."""
         for key in keys:
             block = self._pool.find(key)
             assert block is not None
@@ -55,7 +59,10 @@ class BlockTables:
         self._num_reserved_R[row] = self._num_proven_R[row] = len(keys) * self.block_size
 
     def reserve(self, row: int, num_tokens: int, *, spare: int = 0) -> bool:
-        """Make the row hold at least num_tokens and leave `spare` blocks; False, and nothing changed, if they are short."""
+        """Make the row hold blocks for num_tokens and leave `spare` blocks free.
+
+        Returns False, and changes nothing, if there are too few.
+        """
         missing = -(-num_tokens // self.block_size) - len(self._held_R[row])
         if missing > 0 and missing + spare > self._pool.num_free:
             return False
@@ -75,7 +82,7 @@ class BlockTables:
         self._num_proven_R[row] = num_tokens
 
     def release(self, row: int) -> None:
-        """Give the row and its blocks back, the last tokens' first: they are of use to the fewest."""
+        """Give the row and its blocks back. The last tokens' blocks go first: they are of use to the fewest requests."""
         proven, reserved = self._num_proven_R[row], self._num_reserved_R[row]
         first_doubtful = proven // self.block_size if reserved > proven else len(self._held_R[row])
         for place, block in reversed(list(enumerate(self._held_R[row]))):
@@ -85,17 +92,17 @@ class BlockTables:
         self._free_rows.append(row)
 
     def slots(self, row: int, start: int, end: int) -> np.ndarray:
-        """int64 [end - start]: the slots of a row's tokens at these positions."""
+        """Return the slots, int64 [end - start], of a row's tokens at these positions."""
         position = np.arange(start, end)
         return self.table_RN[row, position // self.block_size] * self.block_size + position % self.block_size
 
     def slots_to_erase(self) -> np.ndarray:
-        """int64: slots given out since the last call that may hold NaN, for whoever writes the next step."""
+        """Return the slots, int64, given out since the last call that may hold NaN. They must be erased before the next step."""
         blocks = np.array(self._pool.drain_to_erase(), np.int64)
         return (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()
 
     def check_integrity(self) -> None:
-        """Every block is held by the rows in whose tables it stands, or free; else AssertionError."""
+        """Raise AssertionError unless every block is held by just the rows in whose tables it stands, or is free."""
         num_holders = [0] * self.num_blocks
         for block in chain.from_iterable(self._held_R):
             num_holders[block] += 1
@@ -116,7 +123,7 @@ class BlockTables:
 
 
 class BlockPool:
-    """Blocks 0 to num_blocks - 1, each held by any number of rows."""
+    """The blocks 0 to num_blocks - 1 with the number of rows that hold each, and the keys of the published ones."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -131,11 +138,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Held by nobody, published or not."""
+        """The number of blocks that nobody holds, published or not."""
         return len(self._free)
 
     def take(self) -> int:
-        """A free block, held once, for new tokens. Not if none is free."""
+        """Return a free block, now held once, for new tokens. There must be one."""
         block, _ = self._free.popitem(last=False)
         if key := self._key_of.pop(block, None):
             del self._block_of[key]
@@ -146,22 +153,25 @@ class BlockPool:
         return block
 
     def find(self, key: bytes) -> int | None:
-        """The published block of this key, to be held at once or not at all."""
+        """Return the published block of this key, which the caller must hold before anything else is taken."""
         return self._block_of.get(key)
 
     def hold(self, block: int) -> None:
-        """One more holder of a block that was found."""
+        """Add a holder to a block that was found."""
         self._num_holders[block] += 1
         self._free.pop(block, None)
 
     def publish(self, block: int, key: bytes) -> None:
-        """Its keys and values are final and finite. One of two blocks with the same tokens stays unpublished."""
+        """Make a block findable: its keys and values are final and finite.
+
+        Of two blocks with the same tokens the second stays unpublished.
+        """
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def release(self, block: int, *, doubtful: bool) -> None:
-        """One holder less. doubtful: it may hold NaN, which even a mask does not hide from its next holder."""
+        """Remove a holder. doubtful: the block may hold NaN, which even a mask does not hide from its next holder."""
         self._num_holders[block] -= 1
         if self._num_holders[block]:
             return
@@ -172,12 +182,12 @@ class BlockPool:
             self._free.move_to_end(block, last=False)
 
     def drain_to_erase(self) -> list[int]:
-        """Blocks taken since the last call whose old content must be overwritten before anybody attends to them."""
+        """Return the blocks taken since the last call whose old content must be erased before anybody attends to them."""
         blocks, self._to_erase = self._to_erase, []
         return blocks
 
     def check_integrity(self, num_holders: Sequence[int]) -> None:
-        """AssertionError unless each block has so many holders, and free and published ones are what they should be."""
+        """Raise AssertionError unless each block has so many holders, and free and published ones are what they should be."""
         assert self._num_holders == list(num_holders), "a block was lost or given twice"
         assert set(self._free) == {b for b, holders in enumerate(num_holders) if not holders}, "free blocks"
         assert {key: block for block, key in self._key_of.items()} == self._block_of, "published blocks"
@@ -185,10 +195,10 @@ class BlockPool:
 
 
 def extend_keys(keys: list[bytes], tokens: Sequence[int], block_size: int) -> None:
-    """Add the keys of the full blocks that `tokens` have beyond those that stand in `keys` already.
+    """Append to `keys` those of the full blocks of `tokens` that it does not have yet.
 
-    A key names all tokens from the first to the block's last one. It is a 128-bit digest: that two prefixes have the
-    same one does not happen.
+    The key of a block is a 128-bit digest of all tokens from the first to the block's last one: two prefixes with the
+    same key do not happen.
     """
     for end in range((len(keys) + 1) * block_size, len(tokens) + 1, block_size):
         digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)

@@ -1,6 +1,6 @@
-"""Paged KV cache: fixed blocks of tokens, a table of blocks per running request.
+"""KVCache: the tensors of keys and values, by slot, and how much memory they get. See block_tables.py for who holds what.
 
-R rows (one per running request), N blocks of a row, S slots (num_blocks * block_size), G KV heads, D head dim.
+S slots (num_blocks * block_size), G KV heads, D head dim.
 """
 
 import os
@@ -16,7 +16,10 @@ from router.model_config import TrunkShape
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer. scale_SG2: of FP8 alone, what each token's head of either is to be multiplied by; float32."""
+    """Views of one layer's keys and values.
+
+    scale_SG2: float32, the multipliers of each slot's and head's key and value in an FP8 cache; None in others.
+    """
 
     k_SGD: Tensor
     v_SGD: Tensor
@@ -24,12 +27,12 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of every layer, by slot: k[layer], v[layer] are [S, G, D], scales[layer], of FP8, [S, G, 2]."""
+    """Keys and values of all layers: k[layer] and v[layer] are [S, G, D], scales[layer] of an FP8 cache [S, G, 2]."""
 
     def __init__(
         self, shape: TrunkShape, *, num_slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """dtype: of what is kept, see stored_dtype."""
+        """Allocate the tensors. dtype: that of the stored keys and values, see stored_dtype."""
         size = (shape.num_layers, num_slots, shape.num_kv_heads, shape.head_dim)
         self.k = torch.zeros(
             size, dtype=dtype, device=device
@@ -40,10 +43,11 @@ class KVCache:
             self.scales = torch.zeros(*size[:3], 2, dtype=torch.float32, device=device)
 
     def layer(self, layer: int) -> LayerCache:
+        """Return views of one layer."""
         return LayerCache(self.k[layer], self.v[layer], None if self.scales is None else self.scales[layer])
 
     def erase(self, slots: np.ndarray) -> None:
-        """Zeros, in every layer."""
+        """Write zeros into these slots of every layer."""
         if len(slots) == 0:
             return
         index = torch.from_numpy(slots).to(self.k.device)
@@ -52,17 +56,20 @@ class KVCache:
 
 
 def memory_for(config: KVCacheConfig, *, device: torch.device, set_aside: int = 0) -> int:
-    """Bytes for keys and values, once the trunk is loaded. set_aside: what a shard on this device takes, sooner or later."""
+    """Return the bytes for keys and values, once the trunk is loaded.
+
+    set_aside: the bytes that a shard on this device takes, or will take.
+    """
     if config.memory_gib != "auto":
         return int(config.memory_gib * 2**30)
     if device.type == "cpu":
-        return min(_available_on_host() // 4, 4 * 2**30)  # the experts, and whatever else runs, are there too
+        return min(_available_on_host() // 4, 4 * 2**30)  # the experts, and other processes, need memory too
     free, total = torch.cuda.mem_get_info(device)
     return left_over(free, total, own=torch.cuda.memory_allocated(device), set_aside=set_aside)
 
 
 def left_over(free: int, total: int, *, own: int, set_aside: int) -> int:
-    """Bytes of a GPU, of which a tenth is left to activations, that neither others hold nor a shard will want.
+    """Return the bytes of a GPU that neither others hold nor a shard will want, less a tenth for activations.
 
     The shard may have loaded already or not, so what it takes is not simply missing from `free`.
     """
@@ -70,7 +77,7 @@ def left_over(free: int, total: int, *, own: int, set_aside: int) -> int:
 
 
 def stored_dtype(config: KVCacheConfig, *, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of keys and values in the cache; dtype: of the trunk. Raises ValueError where it cannot be."""
+    """Return the dtype of keys and values in the cache. dtype: the trunk's. Raises ValueError where the GPU cannot do it."""
     if config.dtype == "auto":
         return dtype
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
@@ -82,7 +89,7 @@ def stored_dtype(config: KVCacheConfig, *, dtype: torch.dtype, device: torch.dev
 
 
 def num_blocks_for(shape: TrunkShape, num_bytes: int, *, block_size: int, dtype: torch.dtype) -> int:
-    """How many blocks of keys and values, stored in this dtype, fit into the memory. Raises ValueError if none does."""
+    """Return how many blocks of keys and values in this dtype fit into num_bytes. Raises ValueError if none does."""
     bytes_per_vector = shape.head_dim * dtype.itemsize + (4 if dtype == E4M3 else 0)  # a float32 scale
     bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * bytes_per_vector
     num_blocks = num_bytes // (bytes_per_token * block_size)

@@ -1,4 +1,4 @@
-"""Paged attention for a step that mixes prompts and decoding, hooked into transformers' modelling code.
+"""PagedAttention: attention of a step that mixes prompts and decoding, hooked into transformers' modelling code.
 
 A step's rows are packed: first one row for each decoding request, then the chunks of prompts.
 T rows, B decoding requests, P chunks of prompts, X tiles, N blocks of a table, S context tokens, H query heads, G KV heads,
@@ -26,7 +26,7 @@ from router.model_config import TrunkShape
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens of one request in a step: positions [start, start + count) of the block table `row`."""
+    """Consecutive tokens of one request in a step: positions [start, start + count) of row `row` of the block tables."""
 
     row: int
     start: int
@@ -35,9 +35,10 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class PromptSpan:
-    """Rows [first, last) of a step are one chunk of a prompt, whose context is in the blocks table_N.
+    """One chunk of a prompt: rows [first, last) of the step, whose context is in the blocks table_N.
 
-    mask_TS: bool, true where a row may look; None where the chunk starts its prompt: then plain causal.
+    mask_TS: bool, true where a row may attend to a token of the context; None where the chunk starts its prompt, so that
+    attention is plainly causal.
     """
 
     first: int
@@ -48,11 +49,11 @@ class PromptSpan:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What every layer of a step needs to know, computed once.
+    """The metadata of one step's attention, computed once for all layers.
 
-    slots_T: where each row's key and value go. table_BN, length_B: contexts of the decoding rows, padded to the longest.
-    mask_B11S: additive, 0 or -inf; None where a kernel of ours reads the cache in place.
-    prompts: tiles on a GPU where kernels of ours run, else spans; empty if there are none.
+    slots_T: int64, the cache slot of each row's key and value. table_BN, length_B: int64, blocks and lengths of the
+    contexts of the decoding rows, padded to the longest. mask_B11S: additive, 0 or -inf; None where a kernel of ours reads
+    the cache in place. prompts: tiles on a GPU where kernels of ours run, else spans; empty if there are none.
     """
 
     slots_T: Tensor
@@ -63,6 +64,7 @@ class AttentionPlan:
 
     @property
     def num_decoding(self) -> int:
+        """The number of decoding rows, which come first."""
         return self.table_BN.shape[0]
 
 
@@ -74,7 +76,11 @@ def plan_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AttentionPlan:
-    """dtype: of the trunk. chunks in row order: those of one token that end their request's context first, as decoding rows."""
+    """Return the AttentionPlan of a step of these chunks.
+
+    chunks: in row order; those of one token that ends their request's context come first, as decoding rows. dtype: that
+    of the trunk.
+    """
     num_decoding = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
     decoding, prompts = chunks[:num_decoding], chunks[num_decoding:]
     block_size = tables.block_size
@@ -84,7 +90,7 @@ def plan_attention(
     table_BN = tables.table_RN[[chunk.row for chunk in decoding], :num_blocks]
     mask_B11S = None
     if not our_kernels_run(dtype, device):
-        # Behind its end a context repeats its own first block: another request's may be NaN, which no mask hides.
+        # Beyond its end a context repeats its own first block: another request's may hold NaN, which no mask hides.
         held_BN = np.arange(num_blocks) * block_size < length_B[:, None]
         table_BN = np.where(held_BN, table_BN, table_BN[:, :1])
         hidden_BS = torch.from_numpy(np.arange(num_blocks * block_size) >= length_B[:, None])
@@ -141,7 +147,10 @@ def _spans(
 
 
 class PagedAttention:
-    """Writes the step's keys and values into the cache and attends to the cached context. One per trunk."""
+    """Writes a step's keys and values into the cache and attends to the cached contexts. One per trunk.
+
+    plan: the step's, set before its first layer.
+    """
 
     def __init__(self, cache: KVCache, *, block_size: int) -> None:
         self._layers = [cache.layer(layer) for layer in range(len(cache.k))]  # views, made once
@@ -149,7 +158,7 @@ class PagedAttention:
         self.plan: AttentionPlan | None = None
 
     def forward(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, *, scale: float) -> Tensor:
-        """[T, H, D]: the output of every row of the plan; heads in q's order, query heads of one KV head together."""
+        """Return the output [T, H, D] of every row of the plan; heads in q's order, those of one KV head together."""
         plan, cache = self.plan, self._layers[layer]
         assert plan is not None
         _write(plan.slots_T, k_GTD.transpose(0, 1), v_GTD.transpose(0, 1), cache)
@@ -185,7 +194,7 @@ class PagedAttention:
     def _attend_on_gpu(
         self, plan: AttentionPlan, cache: LayerCache, q_THD: Tensor, *, scale: float
     ) -> Tensor:
-        """[T, H, D], without a copy of the contexts."""
+        """Return the output [T, H, D] by kernels of ours, without a copy of the contexts."""
         from router.kernels.decode_attention import decode_attention
         from router.kernels.prompt_attention import prompt_attention
 
@@ -198,7 +207,7 @@ class PagedAttention:
         return out_THD
 
     def _decode(self, plan: AttentionPlan, cache: LayerCache, q_HBD: Tensor, *, scale: float) -> Tensor:
-        """[B, H, D]. The queries that share a KV head stand as rows of one product: no head is repeated."""
+        """Return the decoding rows' output [B, H, D]. Queries that share a KV head are rows of one product: no head is repeated."""
         if plan.mask_B11S is None:
             return self._decode_in_place(plan, cache, q_HBD, scale=scale)
         num_kv_heads, head_dim = cache.k_SGD.shape[1:]
@@ -212,7 +221,7 @@ class PagedAttention:
     def _decode_in_place(
         self, plan: AttentionPlan, cache: LayerCache, q_HBD: Tensor, *, scale: float
     ) -> Tensor:
-        """[B, H, D], on a CPU, without a copy of the contexts unless they are FP8, which the loops do not read."""
+        """Return the decoding rows' output [B, H, D] by loops on a CPU, which copy contexts only if they are FP8."""
         k_SGD, v_SGD, table_BN = cache.k_SGD, cache.v_SGD, plan.table_BN
         if cache.scale_SG2 is not None:
             k_SGD, v_SGD = (x.flatten(0, 1) for x in self._gather(cache, table_BN, dtype=q_HBD.dtype))
@@ -232,7 +241,10 @@ class PagedAttention:
         return out_BHD
 
     def _gather(self, cache: LayerCache, table_BN: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values, [B, N * block_size, G, D]. Whole blocks at a time: twelve times as quick as token by token on a CPU."""
+        """Return copies of the contexts' keys and values, [B, N * block_size, G, D].
+
+        Whole blocks are copied, which is twelve times as quick as token by token on a CPU.
+        """
 
         def gather(x_SGD: Tensor) -> Tensor:
             blocks = x_SGD.view(-1, self._block_size, *x_SGD.shape[1:])
@@ -246,7 +258,7 @@ class PagedAttention:
 
 
 def _write(slots_T: Tensor, k_TGD: Tensor, v_TGD: Tensor, cache: LayerCache) -> None:
-    """The step's keys and values into the cache."""
+    """Write the step's keys and values into the cache."""
     k_SGD, v_SGD, scale_SG2 = cache
     if k_TGD.is_cuda and our_kernels_run(k_TGD.dtype, k_TGD.device):
         from router.kernels import rows
@@ -267,12 +279,12 @@ _current = threading.local()
 
 
 def set_attention(attention: PagedAttention) -> None:
-    """What the modelling code of this thread attends with, from now on."""
+    """Let the modelling code of this thread attend with `attention` from now on."""
     _current.attention = attention
 
 
 def current_attention() -> PagedAttention:
-    """Of this thread."""
+    """Return what the modelling code of this thread attends with."""
     return _current.attention
 
 
@@ -285,7 +297,7 @@ def _paged(
     scaling: float,
     **kwargs: Any,  # the interface's: dropout, sliding_window, ... the trunk refuses models that need them
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
+    """Implement transformers' attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
     out_THD = _current.attention.forward(module.layer_idx, query[0], key[0], value[0], scale=scaling)
     return out_THD[None], None
 

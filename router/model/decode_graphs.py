@@ -1,4 +1,4 @@
-"""DecodeGraphs: a CUDA graph of a decode step for every size of batch, so that a step starts in one call.
+"""DecodeGraphs: one CUDA graph of a whole decode step for every batch size, so that a step starts in one call.
 
 B rows, N blocks of a table, V vocabulary.
 """
@@ -19,11 +19,11 @@ from router.model.trunk import RoutedExperts, Trunk
 logger = logging.getLogger(__name__)
 
 COARSE = 8
-"""Beyond this batches are filled up to a multiple of it."""
+"""Batches larger than this are filled up to a multiple of it."""
 
 
 def batch_sizes(max_rows: int) -> list[int]:
-    """Ascending; the last holds max_rows."""
+    """Return the batch sizes to capture, ascending; the last holds max_rows."""
     fine = range(1, min(max_rows, COARSE) + 1)
     return [*fine, *range(2 * COARSE, max_rows + COARSE, COARSE)] if max_rows > COARSE else [*fine]
 
@@ -36,14 +36,14 @@ def graphs_of(
     sizes: Sequence[int],
     max_blocks: int,
 ) -> "DecodeGraphs | None":
-    """For a GPU whose kernels and whose experts a graph may hold; elsewhere every step is started call by call."""
+    """Return graphs if a graph can hold this GPU's kernels and experts; None if every step must be started call by call."""
     if trunk.device.type == "cuda" and our_kernels_run(trunk.dtype, trunk.device) and dispatcher.in_graph:
         return DecodeGraphs(trunk, attention, dispatcher, sizes=sizes, max_blocks=max_blocks)
     return None
 
 
 class DecodeGraphs:
-    """Owns what the graphs read: tokens, positions, slots, contexts. For an engine whose experts a graph may hold.
+    """The graphs, and the tensors that they read: tokens, positions, slots and contexts of a batch.
 
     A batch is filled up with copies of its first row: they choose the same experts, and write the same keys and values
     to the same place, so they cost little and change nothing.
@@ -58,7 +58,7 @@ class DecodeGraphs:
         sizes: Sequence[int],
         max_blocks: int,
     ) -> None:
-        """sizes: of batches, ascending. max_blocks: of a context."""
+        """Allocate the inputs. sizes: batch sizes, ascending. max_blocks: the most blocks of a context."""
         self._trunk, self._attention, self._experts = trunk, attention, experts
         self._sizes = sizes
         rows, device = self._sizes[-1], trunk.device
@@ -68,7 +68,10 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def capture(self, *, report: Report) -> None:
-        """Anew, in the engine's thread, between steps. Writes nothing into the cache. Where it fails, the log says why, and nothing fits."""
+        """Capture all graphs anew, in the engine's thread, between steps; nothing is written into the KV cache.
+
+        Where that fails, the log says why, and no plan fits.
+        """
         self._graphs.clear()
         try:
             self._capture_all(report)
@@ -77,11 +80,12 @@ class DecodeGraphs:
             logger.warning("steps run without CUDA graphs, which could not be captured: %s", error)
 
     def fits(self, plan: AttentionPlan) -> bool:
+        """Return whether a graph can compute a step: it only decodes, and is no larger than the largest graph."""
         return bool(self._graphs) and not plan.prompts and plan.num_decoding <= self._sizes[-1]
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], positions: Sequence[int], plan: AttentionPlan) -> Tensor:
-        """Logits [B, V] of every row of a plan that fits; they are overwritten by the next step."""
+        """Replay a step that fits: return the logits [B, V] of every row, which the next step overwrites."""
         num_rows, num_blocks = plan.table_BN.shape
         size = self._sizes[bisect_left(self._sizes, num_rows)]
         ids = torch.tensor([tokens, positions], device=self._trunk.device)

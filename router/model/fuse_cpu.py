@@ -1,4 +1,4 @@
-"""Operations of transformers' modelling code that one call does where theirs are many. The modules keep their code.
+"""Norms and rotary embeddings of transformers' modelling code in one call where theirs are many. Modules keep their code.
 
 T rows of a step, H query heads, G KV heads, D head dim, R rotated features.
 """
@@ -18,7 +18,7 @@ _ROPE = "apply_rotary_pos_emb"
 
 
 def fuse_norms(model: torch.nn.Module) -> None:
-    """One operation per RMSNorm instead of six."""
+    """Make every RMSNorm one operation instead of six."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             weight: Tensor = cast(Any, module).weight.detach()
@@ -32,7 +32,10 @@ def fuse_norms(model: torch.nn.Module) -> None:
 
 
 def fuse_rope(model: torch.nn.Module) -> None:
-    """One operation or two instead of fourteen, in families that rotate halves, as most do. Where our kernels compute."""
+    """Make rotary embeddings one or two operations instead of fourteen, in families that rotate halves, as most do.
+
+    Our kernels must run on the model's device.
+    """
     ours_for = rope_on_gpu if next(model.parameters()).is_cuda else rope_on_cpu
     for module in model.modules():
         if ours := _with_our_rope(type(module).forward, ours_for):
@@ -41,7 +44,7 @@ def fuse_rope(model: torch.nn.Module) -> None:
 
 @cache  # a family's layers share their code
 def _with_our_rope(forward: Any, rope: Any) -> FunctionType | None:
-    """The same code, which sees our function by the name of the one that it calls; None where that does not fit."""
+    """Return a forward with the same code that calls `rope` where it called its own; None if it does not fit."""
     if _ROPE not in forward.__code__.co_names or not rotates_halves(forward.__globals__[_ROPE]):
         return None
     names = {**forward.__globals__, _ROPE: rope}
@@ -51,7 +54,7 @@ def _with_our_rope(forward: Any, rope: Any) -> FunctionType | None:
 
 
 def rotates_halves(rope: Any) -> bool:
-    """Whether a family's function does what rope_on_cpu does: tried on numbers, all features rotated and some."""
+    """Return whether a family's function does what rope_on_cpu does, tried on numbers with all and with some features."""
     q, k = torch.rand(1, 2, 3, 8), torch.rand(1, 1, 3, 8)
     for width in (8, 4):
         cos, sin = torch.rand(2, 1, 3, width)
@@ -65,7 +68,7 @@ def rotates_halves(rope: Any) -> bool:
 
 
 def rope_on_cpu(q_1HTD: Tensor, k_1GTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor) -> tuple[Tensor, Tensor]:
-    """As transformers' apply_rotary_pos_emb: queries and keys, their first R features rotated."""
+    """Return queries and keys with their first R features rotated, as transformers' apply_rotary_pos_emb does."""
     cos_TR, sin_TR = cos_1TR[0].numpy(), sin_1TR[0].numpy()
 
     def rotated(x_1HTD: Tensor) -> Tensor:
@@ -78,7 +81,7 @@ def rope_on_cpu(q_1HTD: Tensor, k_1GTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor
 
 
 def rope_on_gpu(q_1HTD: Tensor, k_1GTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in one kernel."""
+    """Return what rope_on_cpu returns, computed by one kernel on a GPU."""
     from router.kernels import rows
 
     q_THD, k_TGD = q_1HTD[0].transpose(0, 1), k_1GTD[0].transpose(0, 1)
@@ -91,14 +94,14 @@ def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
 
 
 def _rms_norm_on_gpu(weight: Tensor, eps: float, x: Tensor) -> Tensor:
-    """In 2 us, where torch's takes 3.6."""
+    """Compute an RMSNorm by our kernel, which takes 2 us where torch's takes 3.6."""
     from router.kernels import rows
 
     return rows.rms_norm(x, weight, eps)
 
 
 def _rms_norm_on_cpu(weight: np.ndarray, eps: float, x: Tensor) -> Tensor:
-    """torch makes seven operations of it there, a tenth of a decode step."""
+    """Compute an RMSNorm by our loop: torch makes seven operations of it on a CPU, a tenth of a decode step."""
     x = x.contiguous()
     out = torch.empty_like(x)
     rows = (-1, x.shape[-1])

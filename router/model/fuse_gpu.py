@@ -1,6 +1,6 @@
-"""Modules of transformers' modelling code that a few kernels compute where theirs are many, on a GPU.
+"""Modules of transformers' modelling code that a few kernels of ours compute on a GPU, where theirs are many.
 
-A module is replaced only if ours gives what it gives, on random inputs: nothing here knows a family by its name.
+A module is replaced only if ours gives what it gives on random inputs: nothing here knows a family by its name.
 T rows of a step, D hidden, E experts, K top-k, H query heads, G KV heads, d head dim.
 """
 
@@ -17,14 +17,14 @@ from router.kernels import linear, rows
 from router.model.attention import PagedAttention, current_attention, set_attention
 
 ROWS = 4
-"""Of random inputs."""
+"""Rows of the random inputs on which ours and theirs are compared."""
 
 NEAR = 0.03
-"""Relative to the norm: theirs rounds to bfloat16 more often."""
+"""Largest difference relative to the norm that counts as equal: theirs rounds to bfloat16 more often."""
 
 
 def fuse_products(model: nn.Module) -> None:
-    """Those of one row, and of a few rows by a small matrix, in a kernel that is quicker than a library's."""
+    """Let linear layers compute one row, or a few rows by a small matrix, in our kernel, which is quicker there."""
     for module in model.modules():
         if type(module) is nn.Linear:
             bias = None if module.bias is None else module.bias.detach()
@@ -33,14 +33,14 @@ def fuse_products(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fuse_gates(model: nn.Module) -> None:
-    """Softmax, top-k and the sum that divides the weights, in one kernel. For gates that do no more."""
+    """Compute softmax, top-k and the division by the weights' sum in one kernel, for gates that do no more than that."""
     for module in model.modules():
         if {"top_k", "num_experts", "weight"} <= vars(module).keys() | module._parameters.keys():
             gate = cast(Any, module)
             x_TD = torch.randn(ROWS, gate.weight.shape[1], dtype=gate.weight.dtype, device=gate.weight.device)
             try:
                 logits_TE, scores_TK, ids_TK = gate(x_TD)
-            except (TypeError, ValueError):  # it wants more than rows, or gives other things
+            except (TypeError, ValueError):  # it takes more than rows, or returns something else
                 continue
             divides = bool(
                 torch.allclose(scores_TK.sum(-1).float(), torch.ones(ROWS, device=x_TD.device), atol=0.02)
@@ -57,14 +57,14 @@ def fuse_gates(model: nn.Module) -> None:
 def _gate(
     weight_ED: Tensor, top_k: int, dtype: torch.dtype, divides: bool, x_TD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, weights, rounded to the dtype of theirs but float32, and ids."""
+    """Return logits, weights (rounded to the dtype of theirs, in float32) and expert ids."""
     logits_TE = linear.linear(weight_ED, None, x_TD.reshape(-1, weight_ED.shape[1]))
     return logits_TE, *rows.softmax_top_k(logits_TE, top_k, rounded_to=dtype, divided=divides)
 
 
 @torch.no_grad()
 def fuse_attention(model: nn.Module) -> None:
-    """One product for queries, keys and values, one kernel for their norms and the rotary embedding."""
+    """Compute queries, keys and values in one product, and their norms and rotary embedding in one kernel."""
     for module in model.modules():
         if {"q_proj", "k_proj", "v_proj", "o_proj"} <= module._modules.keys() and hasattr(module, "head_dim"):
             before = cast(Any, module).forward
@@ -74,7 +74,7 @@ def fuse_attention(model: nn.Module) -> None:
 
 
 class _Attention:
-    """What a family's attention module does around the attention itself."""
+    """A replacement of a family's attention module: projections, norms and rotary embedding around the attention itself."""
 
     def __init__(self, module: Any) -> None:
         self._layer: int = module.layer_idx
@@ -100,9 +100,9 @@ class _Attention:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: None = None,
-        **kwargs: Any,  # of caches and masks, which we do without
+        **kwargs: Any,  # caches and masks, which we do without
     ) -> tuple[Tensor, None]:
-        """hidden_states: [1, T, D]; cos and sin: [1, T, rotated features]."""
+        """Return the module's output [1, T, D]. hidden_states: [1, T, D]; cos and sin: [1, T, rotated features]."""
         heads, kv_heads = self._num_heads, self._num_kv_heads
         x_TX = linear.linear(self._weight, self._bias, hidden_states[0])
         x_TXd = x_TX.unflatten(-1, (-1, self._head_dim))
@@ -116,7 +116,7 @@ class _Attention:
 
 
 class _Recorder(PagedAttention):
-    """Attention that remembers what it is asked, and answers with the values."""
+    """An attention that records its arguments and returns the values."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -127,7 +127,10 @@ class _Recorder(PagedAttention):
 
 
 def _same(theirs: Callable[..., Any], ours: Callable[..., Any], module: Any) -> bool:
-    """Whether both ask the same of the attention, and make the same of its answer. Not if theirs cannot be asked so."""
+    """Return whether both forwards call the attention with the same arguments and make the same of its output.
+
+    False if theirs cannot be called in this way.
+    """
     weight = module.q_proj.weight
     kind = {"dtype": weight.dtype, "device": weight.device}
     rotated = int(module.head_dim * _rotary_factor(module))
@@ -154,7 +157,7 @@ def _rotary_factor(module: Any) -> float:
 
 @torch.no_grad()
 def fuse_layers(model: nn.Module) -> None:
-    """Each sum and the norm that reads it in one kernel, where all layers only add what two parts make of norms."""
+    """Compute each residual sum and the norm that reads it in one kernel, in models whose layers have just two such sums."""
     for module in model.modules():
         layers, last = module._modules.get("layers"), module._modules.get("norm")
         if not isinstance(layers, nn.ModuleList) or not all(map(_adds_two_parts, layers)):
@@ -170,7 +173,7 @@ def fuse_layers(model: nn.Module) -> None:
 
 
 class _Norm:
-    """An RMSNorm that may have been made with the sum that it reads."""
+    """An RMSNorm whose result may have been computed together with the sum that it reads."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -178,7 +181,7 @@ class _Norm:
         self._made: tuple[Tensor, Tensor] | None = None
 
     def of_sum(self, x: Tensor, more: Tensor) -> Tensor:
-        """x + more, whose norm is made as well and kept until it is asked for."""
+        """Return x + more; its norm is computed as well and kept until `forward` is called with that sum."""
         self._made = rows.add_rms_norm(x, more, self._weight_D, self._eps)
         return self._made[0]
 
@@ -190,7 +193,10 @@ class _Norm:
 
 
 def _layer(parts: Any, norms: tuple[_Norm, _Norm, _Norm], hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """norms: of the input, of the output, which is the next layer's, and between. kwargs: the attention's."""
+    """Compute one decoder layer. norms: that of its input, that of its output (the next layer's), and the one between.
+
+    kwargs: the attention's.
+    """
     before, after, between = norms
     x_1TD, _ = parts.self_attn(hidden_states=before.forward(hidden_states), **kwargs)
     sum_1TD = between.of_sum(hidden_states, x_1TD)
@@ -198,15 +204,15 @@ def _layer(parts: Any, norms: tuple[_Norm, _Norm, _Norm], hidden_states: Tensor,
 
 
 def _adds_two_parts(layer: nn.Module) -> bool:
-    """By the names of what it has."""
+    """Return whether a layer is two norms, an attention and an MLP, going by the names of its modules."""
     return layer._modules.keys() == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
 class _Turned(nn.Module):
-    """A part that only turns features around."""
+    """A stand-in for an attention or MLP that only reverses the order of features."""
 
     def __init__(self, *more: None) -> None:
-        """more: what it returns besides."""
+        """Return `more` beside the output."""
         super().__init__()
         self._more = more
 
@@ -216,14 +222,14 @@ class _Turned(nn.Module):
 
 
 def _same_sums(layer: nn.Module, norms: tuple[_Norm, _Norm, _Norm]) -> bool:
-    """Whether both give the same output and next norm, with parts that only turn features around."""
+    """Return whether ours and theirs give the same output and next norm, with stand-ins for attention and MLP."""
     alike: Any = copy(layer)
     alike._modules = layer._modules | {"self_attn": _Turned(None), "mlp": _Turned()}
     weight_D = norms[0].module.weight
     x_1TD = torch.randn(1, ROWS, len(weight_D), dtype=weight_D.dtype, device=weight_D.device)
     try:
         their_1TD = alike.forward(x_1TD, position_embeddings=None)
-    except (TypeError, AttributeError):  # it wants or has more
+    except (TypeError, AttributeError):  # the layer takes other arguments, or has other parts
         return False
     our_1TD = _layer(alike, norms, x_1TD, position_embeddings=None)
     return _near(our_1TD, their_1TD) and _near(norms[1].forward(our_1TD), norms[1].module(their_1TD))

@@ -1,4 +1,4 @@
-"""Trunk: the dense part of the model. transformers' modelling code with our attention and our experts hooked in.
+"""Trunk: the dense part of the model, transformers' modelling code with our attention and our experts hooked in.
 
 T rows of a step, N rows whose logits are wanted, D hidden, K top-k, V vocabulary.
 """
@@ -25,9 +25,11 @@ from router.model_config import read_config, shape_of
 
 
 class RoutedExperts(Protocol):
-    """What computes the routed experts of a layer: the Dispatcher, or a calibration's recorder."""
+    """Whoever computes the routed experts of a layer: the Dispatcher, or a calibration's recorder."""
 
-    def moe(self, layer: int, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor: ...
+    def moe(self, layer: int, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor:
+        """Return the routed experts' output [T, D], given the gate's top-k experts and their weights."""
+        ...
 
 
 class Trunk:
@@ -36,7 +38,7 @@ class Trunk:
     def __init__(
         self, model: Any, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """model: of a class by `_without_experts`; is moved to the device."""
+        """Take over a model of a class that `_without_experts` made, and move it to the device."""
         self.shape = shape_of(config)
         self.dtype = dtype
         self.device = device
@@ -56,7 +58,7 @@ class Trunk:
     def load(
         cls, path: Path, *, dtype: torch.dtype, device: torch.device, report: Report = silent
     ) -> "Trunk":
-        """Raises ValueError, in a sentence, for a checkpoint that we do not serve."""
+        """Read the dense part of a checkpoint. Raises ValueError, in a sentence, for one that we do not serve."""
         config = read_config(path)
         shape_of(config)  # refuses what we do not serve before anything large is read
         model = _load(path, config, dtype=dtype, report=report)
@@ -66,7 +68,7 @@ class Trunk:
 
     @classmethod
     def random(cls, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> "Trunk":
-        """With weights drawn anew, for benchmarks."""
+        """Return a trunk whose weights are drawn anew, for benchmarks."""
         family: Any = _without_experts(config)
         with torch.device("meta"):  # which the experts, larger than any memory, never leave
             model = family._from_config(
@@ -86,7 +88,10 @@ class Trunk:
         plan: AttentionPlan,
         experts: RoutedExperts,
     ) -> Tensor:
-        """Logits [N, V] of the rows keep_N, or of all, in the trunk's dtype."""
+        """Compute a step: return the logits [N, V] of the rows keep_N, or of all, in the trunk's dtype.
+
+        input_T, position_T: int64, the token and its position of each row. plan: the attention's, for these rows.
+        """
         attention.plan = plan
         set_attention(attention)
         _current.experts = experts
@@ -124,7 +129,7 @@ def _load(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype, report: R
 
 
 def _check_experts(model: torch.nn.Module, index: CheckpointIndex) -> None:
-    """Raises ValueError unless the checkpoint has experts for exactly the gates that the model has."""
+    """Raise ValueError unless the checkpoint has experts for exactly the gates that the model has."""
     experts: Any = (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
     wanted = {module.layer_idx: module.num_experts for module in experts}
     found = dict.fromkeys(index.shape.moe_layers, index.shape.num_experts)
@@ -142,7 +147,7 @@ _EXTRA = re.compile(
 
 
 def _without_experts(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The family's model class, whose expert modules are built without parameters and know their layer."""
+    """Return the family's model class, changed so that expert modules are built without parameters and know their layer."""
     family = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -163,7 +168,7 @@ _current = threading.local()
 
 
 def _routed(module: torch.nn.Module, x_TD: Tensor, logical_TK: Tensor, w_TK: Tensor) -> Tensor:
-    """transformers' experts interface."""
+    """Implement transformers' experts interface."""
     return _current.experts.moe(module.layer_idx, x_TD, logical_TK, w_TK)
 
 

@@ -1,1 +1,1 @@
-"""From logits to the next token, and the grammars that bound the choice."""
+"""Sampling: from logits to the next token, and the grammars that structured answers must follow."""

@@ -1,4 +1,4 @@
-"""From logits to tokens. Pure: a token depends on its row's logits, parameters, history and seed, and on nothing else.
+"""Sampler: from logits to tokens. Pure: a token depends only on its row's logits, parameters, history and seed.
 
 N rows (one per sampled request), R of them that some rule applies to, V vocabulary. Names, order and meaning are vLLM's
 (V1): bias and bans, penalties, temperature, min_p, top_k, top_p. Log-probabilities are of the logits before all of these.
@@ -20,11 +20,11 @@ GREEDY_BELOW = 1e-5  # a lower temperature is greedy (vLLM's bound): dividing by
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """What the sampler must know of one request, besides its logits.
+    """Everything that the sampler must know of one request, besides its logits.
 
-    seed: params.seed or, where that is None, the one that the request drew; it stays for the request's life.
-    tokens: num_prompt of the prompt, then those generated so far, whose number with the seed keys the noise.
-    banned: tokens that may not come. allowed: those that may, in bits, as Guide.allowed has them; None: all.
+    seed: params.seed or, where that is None, the one that was drawn for the request's whole life.
+    tokens: num_prompt of the prompt, then those generated so far; their number and the seed determine the noise.
+    banned: tokens that may not come next. allowed: the mask of those that may, see Guide.allowed; None allows all.
     """
 
     params: SamplingParams
@@ -37,7 +37,7 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's token. logprob: None unless params.logprobs asked for it."""
+    """The token sampled from one row. logprob: None unless params.logprobs asked for it."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -52,7 +52,7 @@ class LogitsError(ArithmeticError):
 
 
 def sample(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
-    """One token per row; logits of any floating dtype and device are left as they are. -inf forbids a token.
+    """Return one token per row. The logits, of any floating dtype and device, are not changed; -inf forbids a token.
 
     Waits for the device once. Raises LogitsError, which names every bad row; the other rows may be sampled again.
     """
@@ -72,7 +72,7 @@ def sample(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
 
 
 def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], *, num_top: int) -> list[TokenLogprob]:
-    """How likely row t gives next_tokens[t], beside its num_top likeliest tokens. A row with a NaN logit gives NaN."""
+    """Return the logprob that row t gives to next_tokens[t], with its num_top likeliest tokens. A NaN logit gives NaN."""
     token_T = _tensor(next_tokens, logits_TV)
     table = torch.cat(
         [column.double() for column in _logprobs(logits_TV.float(), token_T, num_top=num_top)], dim=1
@@ -81,7 +81,7 @@ def prompt_logprobs(logits_TV: Tensor, next_tokens: Sequence[int], *, num_top: i
 
 
 def uniform(seed: int, position: int) -> float:
-    """The noise of one token: in [0, 1), a multiple of 2^-53, the same on every machine."""
+    """Return the noise of one token: a multiple of 2^-53 in [0, 1), the same on every machine."""
     key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
@@ -91,7 +91,7 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 
 def _is_argmax(row: SamplingRow) -> bool:
-    """Whether its token is simply that of the largest logit."""
+    """Return whether the row's token is simply that of the largest logit."""
     return _is_greedy(row.params) and not _has_penalty(row.params) and not _has_rules(row)
 
 
@@ -104,7 +104,7 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 
 def _choose(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """int64 [N]. logits_NV: float32."""
+    """Return the token of each row, int64 [N]. logits_NV: float32."""
     ruled = [n for n, row in enumerate(rows) if _has_rules(row)]
     if ruled:
         index = _tensor(ruled, logits_NV)
@@ -123,7 +123,7 @@ def _choose(logits_NV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _apply_rules(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Biases added; banned tokens, and all but the allowed ones, become -inf."""
+    """Add biases, and set banned tokens and all but the allowed ones to -inf."""
     cells = [(r, token, bias) for r, row in enumerate(rows) for token, bias in row.params.logit_bias]
     cells += [(r, token, -math.inf) for r, row in enumerate(rows) for token in row.banned]
     if cells:
@@ -137,15 +137,18 @@ def _apply_rules(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _bits(words: np.ndarray, like_RV: Tensor) -> Tensor:
-    """bool [V]."""
+    """Return the mask bool [V] of a Guide's words."""
     words_W = torch.from_numpy(words.copy()).to(like_RV.device, non_blocking=True)
     bits_W32 = (words_W[:, None] >> torch.arange(32, dtype=torch.int32, device=like_RV.device)) & 1
     return bits_W32.flatten()[: like_RV.shape[1]].bool()
 
 
 def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """repetition_penalty: tokens of prompt and output, multiplied if negative, else divided. Then, for tokens of the
-    output, frequency_penalty is subtracted once per occurrence and presence_penalty once."""
+    """Apply the penalties.
+
+    repetition_penalty: logits of tokens of prompt and output are multiplied by it if negative, else divided. Then, for
+    tokens of the output, frequency_penalty is subtracted once per occurrence and presence_penalty once.
+    """
     params = [row.params for row in rows]
     repetition_R1 = _column([p.repetition_penalty for p in params], logits_RV)
     frequency_R1 = _column([p.frequency_penalty for p in params], logits_RV)
@@ -159,9 +162,9 @@ def _penalise(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _counts(tokens: Sequence[Sequence[int]], like_RV: Tensor) -> Tensor:
-    """int32 [R, V]: how often each token occurs in each row's sequence."""
+    """Return how often each token occurs in each row's sequence, int32 [R, V]."""
     vocabulary = like_RV.shape[1]
-    # By way of numpy, which reads a list of integers eight times faster than torch.
+    # numpy reads a list of integers eight times faster than torch.
     cells = np.concatenate([np.array(ids, np.int64) + row * vocabulary for row, ids in enumerate(tokens)])
     cells = torch.from_numpy(cells).to(like_RV.device, non_blocking=True)
     counts = torch.zeros(like_RV.numel(), dtype=torch.int32, device=like_RV.device)
@@ -169,7 +172,7 @@ def _counts(tokens: Sequence[Sequence[int]], like_RV: Tensor) -> Tensor:
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """int64 [R]: the first token at which the cumulated weight of the kept tokens exceeds uniform() of the total.
+    """Return, int64 [R], the first token at which the cumulated weight of the kept ones exceeds uniform() of the total.
 
     Weights are whole numbers, the likeliest token's 2^32: their float64 sums are exact below 2^21 tokens, so any
     order of summation gives the same token, and never one of weight 0 (a share under 2^-33 of the likeliest's).
@@ -187,7 +190,7 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _keep_min_p(logits_RV: Tensor, min_p: Sequence[float]) -> Tensor:
-    """Tokens less likely than min_p times the likeliest become -inf."""
+    """Set tokens that are less likely than min_p times the likeliest to -inf."""
     if not any(min_p):
         return logits_RV
     bound_R1 = logits_RV.amax(dim=-1, keepdim=True) + _column(min_p, logits_RV).log()
@@ -195,7 +198,7 @@ def _keep_min_p(logits_RV: Tensor, min_p: Sequence[float]) -> Tensor:
 
 
 def _keep_top_k(logits_RV: Tensor, top_k: Sequence[int]) -> Tensor:
-    """Others become -inf. Tokens that tie with the k-th stay; 0 keeps all."""
+    """Set all but the k likeliest tokens to -inf. Tokens that tie with the k-th stay; 0 keeps all."""
     largest = min(max(top_k), logits_RV.shape[1])
     if largest == 0:
         return logits_RV
@@ -206,8 +209,11 @@ def _keep_top_k(logits_RV: Tensor, top_k: Sequence[int]) -> Tensor:
 
 
 def _keep_top_p(weights_RV: Tensor, top_p: Sequence[float], top_k: Sequence[int]) -> Tensor:
-    """Keeps a token if those before it, likeliest first and lower ids first among equals, weigh less than top_p of
-    all; others become 0. top_k: already applied; where all rows that ask have one, no vocabulary is sorted."""
+    """Keep a token if those before it weigh less than top_p of all, and set the others to 0.
+
+    Tokens are ordered likeliest first, lower ids first among equals. top_k: already applied; where all rows with a top_p
+    have one, no vocabulary is sorted.
+    """
     nucleus = [r for r, p in enumerate(top_p) if p < 1]
     if not nucleus:
         return weights_RV
@@ -230,7 +236,7 @@ def _keep_top_p(weights_RV: Tensor, top_p: Sequence[float], top_k: Sequence[int]
 
 
 def _logprobs(logits_NV: Tensor, token_N: Tensor, *, num_top: int) -> list[Tensor]:
-    """[N, 1] of the chosen token; then, per alternative, likeliest first, [N, 2]: its id and its logprob."""
+    """Return logprobs [N, 1] of the chosen tokens, then id and logprob of each alternative, likeliest first, [N, 2 * num_top]."""
     ids_Nk = logits_NV.topk(min(num_top, logits_NV.shape[1])).indices
     logprob_Nk = _logprob_of(logits_NV, torch.cat([token_N[:, None], ids_Nk], dim=1))
     top_Nk2 = torch.stack([ids_Nk.double(), logprob_Nk[:, 1:].double()], dim=2)
@@ -238,12 +244,12 @@ def _logprobs(logits_NV: Tensor, token_N: Tensor, *, num_top: int) -> list[Tenso
 
 
 def _logprob_of(logits_NV: Tensor, ids_Nk: Tensor) -> Tensor:
-    """[N, k], logits_NV's dtype."""
+    """Return the logprobs of these tokens, [N, k], in the logits' dtype."""
     return logits_NV.gather(1, ids_Nk) - logits_NV.logsumexp(dim=-1, keepdim=True)
 
 
 def _sampled(params: SamplingParams, values: Sequence[float]) -> Sampled:
-    """values: token, peak and, if any row asked, the row of _logprobs."""
+    """Return one row's result. values: token, largest logit and, if any row asked for logprobs, the row of _logprobs."""
     token = int(values[0])
     if params.logprobs is None:
         return Sampled(token)
@@ -251,16 +257,16 @@ def _sampled(params: SamplingParams, values: Sequence[float]) -> Sampled:
 
 
 def _logprob(token: int, values: Sequence[float]) -> TokenLogprob:
-    """values: its logprob; then id and logprob of each alternative."""
+    """Return a TokenLogprob. values: the token's logprob, then id and logprob of each alternative."""
     top = zip(values[1::2], values[2::2], strict=True)
     return TokenLogprob(token, values[0], tuple((int(other), logprob) for other, logprob in top))
 
 
 def _tensor(values: Sequence[int], like: Tensor) -> Tensor:
-    """int64, on like's device. Does not wait for it."""
+    """Return an int64 tensor on like's device, without waiting for the device."""
     return torch.tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[R, 1], like's dtype and device. Does not wait for it."""
+    """Return a tensor [R, 1] of like's dtype on its device, without waiting for the device."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None]

@@ -1,1 +1,1 @@
-"""Which tokens of which requests a step computes, and what becomes of what it sampled."""
+"""The scheduling of requests: which tokens each step computes, and what a request gets of it."""

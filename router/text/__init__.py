@@ -1,1 +1,1 @@
-"""Between text and tokens: tokenizer, detokenizer, stop strings."""
+"""Text and tokens: tokenizer, detokenizer and stop strings."""

@@ -22,7 +22,7 @@ class Detokenizer:
         self._stop = StopStrings(stop)
         self.stopped: str | None = None
         # A token's text depends on the tokens before it: a decoder joins bytes, and drops the space that begins a
-        # text. So the pending ones are decoded behind a context; _shown is what the client has of the two together.
+        # text. So pending tokens are decoded behind a context; _shown is what the client has of both together.
         self._context = self._visible(prompt[-_PROMPT_TAIL:])
         self._pending: list[int] = []
         self._shown = tokenizer.decode(self._context)
@@ -33,9 +33,9 @@ class Detokenizer:
             self._shown = tokenizer.decode(self._context)
 
     def push(self, token_ids: Sequence[int], *, may_stop: bool = True) -> str:
-        """The text that is now certain. Keeps back an incomplete character and what may begin a stop string.
+        """Return the text that is now certain. An incomplete character and what may begin a stop string are kept back.
 
-        may_stop: false while no stop string counts that begins in this text.
+        may_stop: false while a stop string that begins in this text does not count.
         """
         tokens = self._visible(token_ids)
         if not tokens:
@@ -57,8 +57,10 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """The rest, when no more tokens come. As in vLLM, bytes of an incomplete character are dropped, and so is a
-        U+FFFD that the model itself wrote last."""
+        """Return the rest, when no more tokens come.
+
+        As in vLLM, bytes of an incomplete character are dropped, and so is a U+FFFD that the model itself wrote last.
+        """
         return self._stop.flush()
 
     def _visible(self, token_ids: Sequence[int]) -> list[int]:
@@ -66,9 +68,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first stop string to become complete; of several that end together, the longest.
+    """A search that ends a text before the first stop string to become complete; of several that end together, the longest.
 
     However the text is cut into pieces, the result is the same. Time is linear in the text (Knuth, Morris, Pratt).
+    found: the stop string that ended the text, None as long as none did.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -78,7 +81,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """What of the text so far is new and certain to stand before any stop string."""
+        """Return the part of the text so far that is new and certain to stand before any stop string."""
         if self.found or not self._stop:
             return "" if self.found else text
         for end, character in enumerate(text, start=1):
@@ -92,12 +95,12 @@ class StopStrings:
         return text[:certain]
 
     def flush(self) -> str:
-        """What was kept back, when no more text comes."""
+        """Return what was kept back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _advance(self, character: str) -> str:
-        """The longest stop string that this character completes, if any."""
+        """Return the longest stop string that this character completes, "" if it completes none."""
         longest = ""
         for index, (string, borders) in enumerate(self._stop):
             matched = self._matched[index]
@@ -111,7 +114,7 @@ class StopStrings:
 
 
 def _borders(string: str) -> list[int]:
-    """Per prefix: the length of its longest proper prefix that is also its suffix."""
+    """Return, for every prefix, the length of its longest proper prefix that is also its suffix."""
     borders = [0]
     for character in string[1:]:
         length = borders[-1]

@@ -1,4 +1,4 @@
-"""Tokenizer: between whole texts and token ids, for one checkpoint, and what its files say of sampling and of the end."""
+"""Tokenizer: between whole texts and token ids of one checkpoint; also its sampling defaults and end-of-sequence tokens."""
 
 import inspect
 import json
@@ -15,15 +15,15 @@ _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a sing
 
 
 class Tokenizer:
-    """A checkpoint directory's tokenizer. Never reaches for the network; any thread may use it."""
+    """The tokenizer of a checkpoint directory. It never uses the network; any thread may call it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        """Raises ValueError if the directory does not exist or holds only a tokenizer written in Python.
+        """Read the tokenizer. Raises ValueError if the directory does not exist or holds only one written in Python.
 
         Errors of a broken tokenizer are transformers' own.
         """
         self._hf = _load(checkpoint)
-        # Used directly: transformers' wrapper sets truncation and padding on each call, which is not thread safe.
+        # It is used directly: transformers' wrapper sets truncation and padding on each call, which is not thread safe.
         self._fast = self._hf.backend_tokenizer
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -36,11 +36,14 @@ class Tokenizer:
         self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
     def to_json(self) -> str:
-        """Everything that another implementation must know, as in tokenizer.json."""
+        """Return the content of tokenizer.json, from which another implementation can be made."""
         return self._fast.to_str()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """With what the checkpoint puts around a text, such as a beginning-of-sequence token, unless told not to."""
+        """Return the token ids of a text.
+
+        add_special_tokens: with those that the checkpoint puts around a text, such as a beginning-of-sequence token.
+        """
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(
@@ -50,19 +53,19 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """render_chat, encoded."""
+        """Return the token ids of what `render_chat` returns."""
         text = self.render_chat(
             messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
         )
         return self.encode_rendered(text)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """What render_chat wrote: the template itself writes the tokens around a text."""
+        """Return the token ids of a rendered chat: the template itself has written the special tokens."""
         return self._fast.encode(text, add_special_tokens=False).ids
 
     @property
     def chat_template(self) -> str:
-        """The checkpoint's template as it stands there, all of them if it has several; "" if it has none."""
+        """The text of the checkpoint's chat template, of all of them if it has several; "" if it has none."""
         template = self._hf.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else template
 
@@ -74,11 +77,11 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The chat as the checkpoint's template writes it, in transformers' jinja sandbox.
+        """Return the chat as the checkpoint's template writes it, rendered in transformers' jinja sandbox.
 
-        messages: OpenAI's, with "role" and "content"; the arguments of calls among them are mappings. tools: that the
-        model may call, as OpenAI's. add_generation_prompt: end where the assistant speaks. template_kwargs: further
-        variables of the template, such as enable_thinking.
+        messages: OpenAI's, with "role" and "content"; the arguments of tool calls among them are mappings. tools: OpenAI's
+        tools that the model may call. add_generation_prompt: end where the assistant begins to speak. template_kwargs:
+        further variables of the template, such as enable_thinking.
         Raises ValueError if the model has no template, or the template refuses what it is given.
         """
         if not self._hf.chat_template:
@@ -103,15 +106,15 @@ class Tokenizer:
         return text
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """The vocabulary's own names of tokens, such as `Ġthe`; "" for an unknown id."""
+        """Return the vocabulary's own names of tokens, such as `Ġthe`; "" for an unknown id."""
         return [self._fast.id_to_token(token_id) or "" for token_id in token_ids]
 
     def token_text(self, token_id: int) -> str:
-        """Of one token, special ones and leading spaces included; part of a character becomes U+FFFD."""
+        """Return the text of one token, special or not, with its leading space; part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text in UTF-8: perhaps part of a character. Empty for an unknown id."""
+        """Return the UTF-8 bytes that a token adds to a text, perhaps part of a character. Empty for an unknown id."""
         if token_id in self._added:
             return self._added[token_id].encode()
         piece = self._fast.id_to_token(token_id)
@@ -122,7 +125,7 @@ class Tokenizer:
         if byte := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(byte[1])
         decoder = self._fast.decoder
-        # Behind another piece, since a decoder may strip the space that begins a text.
+        # It is decoded behind another piece, since a decoder may strip the space that begins a text.
         return (piece if decoder is None else decoder.decode(["x", piece])[1:]).encode()
 
 
@@ -130,7 +133,7 @@ _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling_defaults(checkpoint: Path) -> SamplingParams:
-    """How the model's makers sample from it, in generation_config.json: for what a request does not say, as in vLLM.
+    """Return the sampling parameters of generation_config.json, for whatever a request does not say, as in vLLM.
 
     Raises ValueError naming the file for a value that no request could ask for.
     """
@@ -144,9 +147,9 @@ def sampling_defaults(checkpoint: Path) -> SamplingParams:
 
 
 def eos_token_ids(checkpoint: Path) -> frozenset[int]:
-    """The tokens that end a text: of generation_config.json, else of config.json, else of the tokenizer.
+    """Return the tokens that end a text: those of generation_config.json, else of config.json, else of the tokenizer.
 
-    Empty: the model has none. Raises ValueError as Tokenizer does, if it comes to that.
+    Empty if the model has none. Raises ValueError as Tokenizer does, if it has to be read.
     """
     for name in ("generation_config.json", "config.json"):
         file = checkpoint / name
