@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy import logs
 from deploy.api.http.keys import read_keys
-from deploy.api.ingress import Served
+from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
 from deploy.config import AppArgs
 from deploy.engine.client import HandleClient
@@ -19,11 +19,11 @@ from router.model_config import check_family, read_config, shape_of
 
 logger = logging.getLogger(__name__)
 
-MANY = 100_000
+NO_LIMIT = 100_000
 """Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
 
 
-LEAVE_S = 2.0
+AFTER_DRAIN_S = 2.0
 """For what is left to do once the last request has ended. The ingress goes first: the router is idle when it has left."""
 
 
@@ -44,7 +44,7 @@ class IngressReplica:
         from router.text.tokenizer import Tokenizer, sampling_defaults
 
         path, name = self._args.model.path, self._args.model.name
-        model = Served(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
+        model = ServedModel(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
         logger.info("unless a request says otherwise: %s", model.defaults)
         return build_ingress(
             client=self._client, tokenizer=Tokenizer(path), model=model, config=self._args.api
@@ -57,7 +57,7 @@ def build(args: AppArgs) -> Application:
     if args.api.keys_file is not None:
         read_keys(args.api.keys_file)
     ingress_class: Any = serve.ingress()(IngressReplica)
-    grace_s = args.router.drain_s + LEAVE_S
+    grace_s = args.router.drain_s + AFTER_DRAIN_S
     router = _deployment(RouterReplica, name="Router", grace_s=grace_s)
     ingress = _deployment(ingress_class, name="Ingress", grace_s=grace_s)
     return ingress.bind(router.bind(args), args)
@@ -68,7 +68,7 @@ def _deployment(replica: type, *, name: str, grace_s: float) -> Any:
     return serve.deployment(
         replica,
         name=name,
-        max_ongoing_requests=MANY,
+        max_ongoing_requests=NO_LIMIT,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,

@@ -49,7 +49,7 @@ class Application:
         try:
             ray_private.deploy_file(self._client, schema)
         except RayError as error:
-            raise LaunchError(f"Serve did not take the file: {gist(str(error))}") from error
+            raise LaunchError(f"Serve did not take the file: {first_and_last_line(str(error))}") from error
 
     def details(self) -> dict[str, Any] | None:
         """What Serve knows of it: `status`, `message`, `deployments`; None if it was deleted. Raises ClusterGone."""
@@ -59,7 +59,9 @@ class Application:
                 return self._ask()
             except (RayError, OSError) as error:
                 if time.monotonic() > ends:
-                    raise ClusterGone(f"the Ray cluster is gone: {gist(str(error))}") from error
+                    raise ClusterGone(
+                        f"the Ray cluster is gone: {first_and_last_line(str(error))}"
+                    ) from error
                 time.sleep(POLL_S)
 
     def drain(self, *, limit_s: float) -> None:
@@ -69,7 +71,7 @@ class Application:
             router: Any = serve.get_deployment_handle("Router", app_name=self.name)
             await within(limit_s, router.drain.remote())
 
-        with _told("running requests are cut short"):
+        with _errors_printed("running requests are cut short"):
             asyncio.run(drain())
         logging.getLogger("ray.serve").setLevel(
             logging.CRITICAL
@@ -77,17 +79,17 @@ class Application:
 
     def remove(self) -> None:
         """It ends, and Serve does if it was started for it. A step that fails is told, and the next is taken."""
-        with _told("Serve did not stop in order"):
+        with _errors_printed("Serve did not stop in order"):
             if self._started:
                 ray_private.shut_serve_down(self._client, timeout_s=DELETE_S)
             else:
                 ray_private.delete_applications(self._client, [self.name])
                 self._wait_until_deleted()
-        with _told("shards are left until their lease lapses (fleet.lease_s)"):
+        with _errors_printed("shards are left until their lease lapses (fleet.lease_s)"):
             stop_fleet(self.name)
 
     def _ask(self) -> dict[str, Any] | None:
-        reach(
+        check_listening(
             ray.get_runtime_context().gcs_address
         )  # while it is away, Ray would wait, then end this process
         details = ray_private.serve_details(self._client, timeout_s=ANSWER_S)
@@ -118,7 +120,7 @@ def cluster(address: str) -> Iterator[None]:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:  # Ray has no error of its own for it
             did = "start a Ray cluster" if address == "local" else f"join a Ray cluster at {address}"
-            raise LaunchError(f"cannot {did}: {gist(str(error))}") from error
+            raise LaunchError(f"cannot {did}: {first_and_last_line(str(error))}") from error
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler prints a stack
         yield
     finally:
@@ -147,7 +149,7 @@ def application(name: str, schema: ServeDeploySchema) -> Iterator[Application]:
     finally:
         ignore_interrupts()
         if not gone:
-            tell("stopping")
+            print_status("stopping")
             app.remove()
 
 
@@ -193,19 +195,19 @@ def ignore_interrupts() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def reach(address: str) -> None:
+def check_listening(address: str) -> None:
     """OSError if nothing listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
 
 
-def gist(message: str) -> str:
+def first_and_last_line(message: str) -> str:
     """One line of a message: what comes between its first and its last line is a stack or a long story."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:1] + lines[1:][-1:])
 
 
-def tell(line: str) -> None:
+def print_status(line: str) -> None:
     """A line for the person at the terminal; stdout is for `ready` alone."""
     sys.stderr.write(f"{line}\n")
 
@@ -215,17 +217,17 @@ def _start_serve(schema: ServeDeploySchema) -> Any:
         return ray_private.start_serve(schema.http_options.model_dump(), schema.proxy_location)
     except BaseException as error:
         ignore_interrupts()
-        with _told("Serve did not stop in order"):
+        with _errors_printed("Serve did not stop in order"):
             serve.shutdown()
         if isinstance(error, RayError | RayServeException | TimeoutError | RuntimeError):
-            raise LaunchError(f"Serve did not start: {gist(str(error))}") from error
+            raise LaunchError(f"Serve did not start: {first_and_last_line(str(error))}") from error
         raise
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _errors_printed(what: str) -> Iterator[None]:
     """An error becomes a line: there is more to stop."""
     try:
         yield
     except (RayError, RayServeException, OSError) as error:  # TimeoutError is an OSError
-        tell(f"{what}: {gist(str(error))}")
+        print_status(f"{what}: {first_and_last_line(str(error))}")

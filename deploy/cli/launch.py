@@ -11,7 +11,15 @@ from pydantic import ValidationError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from deploy.api.http.keys import read_keys
-from deploy.cli.cluster import Application, application, cluster, gist, ignore_interrupts, reach, tell
+from deploy.cli.cluster import (
+    Application,
+    application,
+    check_listening,
+    cluster,
+    first_and_last_line,
+    ignore_interrupts,
+    print_status,
+)
 from deploy.cli.loading import Loading
 from deploy.cli.readiness import LaunchError, readiness
 from deploy.config import HttpOptions, ServeFile, explain
@@ -49,7 +57,7 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
                 _drain(app, within_s=config.applications[0].args.router.drain_s)
                 raise
     except KeyboardInterrupt:
-        tell("stopped")
+        print_status("stopped")
 
 
 def check(config: ServeFile, *, address: str) -> None:
@@ -75,7 +83,7 @@ def check(config: ServeFile, *, address: str) -> None:
         _check_cluster(address)
 
 
-def complaints(details: dict[str, Any]) -> str:
+def why_not_healthy(details: dict[str, Any]) -> str:
     """One line of what Serve finds wrong with an application; "" if nothing."""
     ailing = {
         name: deployment["message"]
@@ -83,7 +91,7 @@ def complaints(details: dict[str, Any]) -> str:
         if deployment["status"] != "HEALTHY"
     }
     parts = [details["message"], *(f"{name}: {message}" for name, message in ailing.items() if message)]
-    return "; ".join(filter(None, map(gist, parts)))
+    return "; ".join(filter(None, map(first_and_last_line, parts)))
 
 
 def _wait_until_ready(config: ServeFile, app: Application) -> None:
@@ -95,21 +103,21 @@ def _wait_until_ready(config: ServeFile, app: Application) -> None:
         while True:
             details = app.details()
             if details is None or details["status"] == "DEPLOY_FAILED":
-                why = "it was deleted" if details is None else complaints(details)
+                why = "it was deleted" if details is None else why_not_healthy(details)
                 raise LaunchError(f"the application did not start: {why}")
             ready, reason, more = _readiness(config.url)
             if ready:
                 return
             if hopeless := more.get("hopeless"):
                 raise ValueError(hopeless)
-            why = "; ".join(filter(None, [reason, complaints(details)]))
+            why = "; ".join(filter(None, [reason, why_not_healthy(details)]))
             if time.monotonic() > ends:
                 raise LaunchError(
                     f"not ready within {limit_s:.0f} s: {why or f'nothing answers at {config.url}'}"
                 )
             if why not in ("", told):
                 loading.clear()
-                tell(f"waiting: {why}")
+                print_status(f"waiting: {why}")
                 told = why
             loading.show(more.get("shards", ()))
             time.sleep(POLL_S)
@@ -132,19 +140,19 @@ def _watch(app: Application) -> NoReturn:
         if details is None:
             raise LaunchError(f"the application {app.name} was deleted")
         status = ApplicationStatus(details["status"]).value
-        news = ": ".join(filter(None, [status, complaints(details)]))
+        news = ": ".join(filter(None, [status, why_not_healthy(details)]))
         if news != told:
-            tell(f"{app.name} is {news}")
+            print_status(f"{app.name} is {news}")
             told = news
 
 
 def _drain(app: Application, *, within_s: float) -> None:
-    tell("stopping: running requests may end; interrupt again to cut them short")
+    print_status("stopping: running requests may end; interrupt again to cut them short")
     _heed_interrupts()
     try:
         app.drain(limit_s=within_s + DRAIN_S)
     except KeyboardInterrupt:
-        tell("running requests are cut short")
+        print_status("running requests are cut short")
 
 
 def _schema(raw: dict[str, Any]) -> ServeDeploySchema:
@@ -170,7 +178,7 @@ def _check_port(http: HttpOptions) -> None:
 def _check_cluster(address: str) -> None:
     """Ray itself would try for minutes, and tell of each attempt."""
     try:
-        reach(address)
+        check_listening(address)
     except OSError as error:
         raise LaunchError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from deploy.cli.cluster import tell
+from deploy.cli.cluster import print_status
 from deploy.cli.readiness import loading_of
 from experts.progress import LINE_S, Progress
 
@@ -54,7 +54,7 @@ class Loading:
             self._line_at = now + LINE_S
         tenths = {rank: (one.work, 10 * one.done // one.total) for rank, one in loading.items()}
         if now >= self._line_at and tenths != self._told:
-            tell(_sentence(loading))
+            print_status(_sentence(loading))
             self._told, self._line_at = tenths, now + LINE_S
 
 

@@ -85,13 +85,13 @@ def status(
     url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000",
 ) -> None:
     """Whether a server is ready, and what its shards do."""
-    from deploy.cli.readiness import LaunchError, describe, readiness
+    from deploy.cli.readiness import LaunchError, readiness, status_lines
 
     try:
         ready, reason, detail = readiness(url if "://" in url else f"http://{url}")
     except LaunchError as error:
         _fail(str(error))
-    for line in describe(ready, reason, detail):
+    for line in status_lines(ready, reason, detail):
         typer.echo(line)
     raise typer.Exit(0 if ready else 1)
 

@@ -27,14 +27,14 @@ def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
         raise LaunchError(f"{url}/ready answered {status}, but not as a sparkmoe server does") from error
 
 
-def describe(ready: bool, reason: str, detail: dict[str, Any]) -> list[str]:
+def status_lines(ready: bool, reason: str, detail: dict[str, Any]) -> list[str]:
     """The lines of `sparkmoe status`. What is empty is left out."""
     shards = detail.get("shards", [])
     rest = {key: value for key, value in detail.items() if key != "shards"}
     return [
         "ready" if ready else f"not ready: {reason}",
-        *(f"  {key}: {value}" for key, value in _told(rest)),
-        *("  shard " + ", ".join(f"{key} {value}" for key, value in _told(shard)) for shard in shards),
+        *(f"  {key}: {value}" for key, value in _shown(rest)),
+        *("  shard " + ", ".join(f"{key} {value}" for key, value in _shown(shard)) for shard in shards),
     ]
 
 
@@ -44,7 +44,7 @@ def loading_of(shard: Mapping[str, Any]) -> Progress | None:
     return Progress(**loading) if loading else None
 
 
-def _told(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _shown(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Without what is empty."""
     texts = {key: f"{value:.1f}" if isinstance(value, float) else str(value) for key, value in detail.items()}
     if progress := loading_of(detail):

@@ -96,7 +96,7 @@ class HandleClient:
         """See EngineClient."""
         attachment = self._attached()
         inbox = attachment.inbox[request.id] = asyncio.Queue()
-        submitting = _apart(self._submit(attachment, request))
+        submitting = _detached_task(self._submit(attachment, request))
         held = True  # by the router, as far as we know
         try:
             await asyncio.shield(submitting)
@@ -111,14 +111,14 @@ class HandleClient:
             del attachment.inbox[request.id]
             attachment.held.discard(request.id)
             if held and not _refused(submitting):
-                withdrawing = _apart(self._withdraw(attachment, request.id, submitting))
+                withdrawing = _detached_task(self._withdraw(attachment, request.id, submitting))
                 self._withdrawing.add(withdrawing)
                 withdrawing.add_done_callback(self._withdrawing.discard)
 
     async def ready(self) -> Readiness:
         """See EngineClient."""
         attachment = self._attached()
-        return Readiness(**await _answer(self._router.readiness.remote(), attachment))
+        return Readiness(**await _answer_or_lost(self._router.readiness.remote(), attachment))
 
     def _attached(self) -> _Attachment:
         if self._attachment is None:
@@ -126,7 +126,7 @@ class HandleClient:
         return self._attachment
 
     async def _submit(self, attachment: _Attachment, request: Request) -> None:
-        refusal: Refusal | None = await _answer(
+        refusal: Refusal | None = await _answer_or_lost(
             self._router.submit.remote(attachment.name, request), attachment
         )
         if refusal is None:
@@ -189,7 +189,7 @@ class HandleClient:
             attachment.lose(self._why_not)
 
 
-async def _answer(response: Awaitable[T], attachment: _Attachment) -> T:
+async def _answer_or_lost(response: Awaitable[T], attachment: _Attachment) -> T:
     """What the router answers. RouterLost if it dies first: Serve itself would wait for another one, for ever."""
     answer = asyncio.ensure_future(response)
     try:
@@ -205,7 +205,7 @@ async def _answer(response: Awaitable[T], attachment: _Attachment) -> T:
         answer.cancel()
 
 
-def _apart(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+def _detached_task(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
     """A task outside the HTTP request that it is for: with a request that is cancelled, Serve cancels its calls."""
     return asyncio.create_task(call, context=contextvars.Context())
 

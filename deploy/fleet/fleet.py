@@ -33,7 +33,7 @@ POLL_S = 1.0
 DESCRIBE_S = 10.0
 """A shard that does not say by then what it is cannot be taken over."""
 
-NOBODY = ""
+FIRST_LEASE = ""
 """Holds the first lease, until a router comes."""
 
 
@@ -55,7 +55,7 @@ class Fleet:
         self._recovered = False
         self._one_recovery = asyncio.Lock()
         self._one_change = asyncio.Lock()
-        self._leases = {NOBODY: time.monotonic() + lease_s}
+        self._leases = {FIRST_LEASE: time.monotonic() + lease_s}
         self._watchdog = asyncio.get_running_loop().create_task(self._watch_leases())
 
     # Called by routers
@@ -104,7 +104,7 @@ class Fleet:
         """Keep the fleet for this long. False: this Fleet does not know the router (it was restarted)."""
         known = router in self._leases
         self._leases[router] = time.monotonic() + ttl_s
-        self._leases.pop(NOBODY, None)
+        self._leases.pop(FIRST_LEASE, None)
         await self._recover()
         for shard in self._living():
             shard.handle.renew.remote(self._lease_left_s())
