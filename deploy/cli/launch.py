@@ -1,4 +1,6 @@
-"""`sparkmoe serve`: bring a checked config up on Ray, wait for a token, watch it, and take everything down again."""
+"""The work of `sparkmoe serve`: start a checked config on Ray, wait until a token comes, watch it, and stop
+everything.
+"""
 
 import re
 import signal
@@ -30,19 +32,20 @@ POLL_S = 0.2
 WATCH_S = 3.0
 
 DRAIN_S = 5.0
-"""What draining may take beyond router.drain_s."""
+"""Seconds that draining may take beyond router.drain_s."""
 
 ROUTER_START_S = 60.0
-"""What the start may take beyond fleet.start_timeout_s."""
+"""Seconds that the start may take beyond fleet.start_timeout_s."""
 
 
 def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
     """Serve until SIGINT or SIGTERM. Prints `ready URL` once a decode step has gone through every shard.
 
-    Then running requests have router.drain_s to end, while new ones are refused; a second signal cuts them short.
+    After the signal running requests have router.drain_s to end, while new ones are refused; a second one
+    cuts them short.
 
-    Raises ValueError for a config that cannot work and LaunchError if it does not come up, or is lost. Ignores both
-    signals once it stops, for good: the process is to end.
+    Raises ValueError for a config that cannot work, and LaunchError if it does not come up or is lost. Once
+    it stops, it ignores both signals for good, for the process is to end.
     """
     check(config, address=address)
     schema = _schema(raw)
@@ -61,8 +64,11 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
 
 
 def check(config: ServeFile, *, address: str) -> None:
-    """What can be known before anything is started: the checkpoint; the API keys; the port, unless a Serve that runs may hold it;
-    that a cluster is where it is said to be."""
+    """Raise ValueError or LaunchError for what can be known to fail before anything is started.
+
+    Looked at are the checkpoint, the API keys, the port (unless a Serve that runs may hold it), and whether a
+    cluster answers at the address.
+    """
     application = config.applications[0]
     path, num_shards = application.args.model.path, application.experts.shards
     check_family(path)
@@ -84,7 +90,7 @@ def check(config: ServeFile, *, address: str) -> None:
 
 
 def why_not_healthy(details: dict[str, Any]) -> str:
-    """One line of what Serve finds wrong with an application; "" if nothing."""
+    """Return in one line what Serve finds wrong with an application, "" if nothing."""
     ailing = {
         name: deployment["message"]
         for name, deployment in details["deployments"].items()
@@ -95,7 +101,11 @@ def why_not_healthy(details: dict[str, Any]) -> str:
 
 
 def _wait_until_ready(config: ServeFile, app: Application) -> None:
-    """Prints why not, whenever that changes, and how far the shards are. LaunchError if Serve gives up or it takes too long."""
+    """Wait until the server is ready; print why it is not, whenever that changes, and how far the shards have
+    loaded.
+
+    Raises LaunchError if Serve gives up or it takes too long, ValueError for what only the user can mend.
+    """
     limit_s = config.applications[0].args.fleet.start_timeout_s + ROUTER_START_S
     ends = time.monotonic() + limit_s
     told = ""
@@ -124,7 +134,7 @@ def _wait_until_ready(config: ServeFile, app: Application) -> None:
 
 
 def _readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
-    """As readiness(), of a server whose HTTP side may still be coming up."""
+    """Return what `readiness` does, and "not ready" for a server that does not answer HTTP yet."""
     try:
         return readiness(url)
     except LaunchError:
@@ -132,7 +142,10 @@ def _readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
 
 
 def _watch(app: Application) -> NoReturn:
-    """Prints how it is, whenever that changes: a router that died is replaced. LaunchError if there is nothing left."""
+    """Print the application's status whenever it changes, e.g. while Serve replaces a router that died.
+
+    Raises LaunchError when the application was deleted or the cluster is gone.
+    """
     told = "RUNNING"
     while True:
         time.sleep(WATCH_S)
@@ -156,7 +169,10 @@ def _drain(app: Application, *, within_s: float) -> None:
 
 
 def _schema(raw: dict[str, Any]) -> ServeDeploySchema:
-    """What Serve's own check of the file refuses becomes a sentence, as in `load`."""
+    """Return Serve's own object for the file.
+
+    Raises ValueError with a sentence, as `load` does, if Serve refuses it.
+    """
     try:
         return ServeDeploySchema.model_validate(raw)
     except ValidationError as error:
@@ -176,7 +192,9 @@ def _check_port(http: HttpOptions) -> None:
 
 
 def _check_cluster(address: str) -> None:
-    """Ray itself would try for minutes, and tell of each attempt."""
+    """Raise LaunchError if nothing listens at the address: Ray itself would try for minutes, and log each
+    attempt.
+    """
     try:
         check_listening(address)
     except OSError as error:
