@@ -1,4 +1,4 @@
-"""`python -m deploy` is `sparkmoe`."""
+"""`python -m deploy` runs the `sparkmoe` command."""
 
 from deploy.cli.main import main
 

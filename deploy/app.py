@@ -1,4 +1,4 @@
-"""`import_path: deploy.app:build`: the Serve application that a config file names."""
+"""The Serve application that a config file names with `import_path: deploy.app:build`."""
 
 import logging
 from typing import Any
@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy import logs
 from deploy.api.http.keys import read_keys
-from deploy.api.ingress import Served
+from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
 from deploy.config import AppArgs
 from deploy.engine.client import HandleClient
@@ -19,16 +19,18 @@ from router.model_config import check_family, read_config, shape_of
 
 logger = logging.getLogger(__name__)
 
-MANY = 100_000
-"""Requests in flight that Serve allows: the queue, and its limit, are the engine's."""
+NO_LIMIT = 100_000
+"""The number of requests in flight that Serve allows: the engine has the queue, and limits it."""
 
+AFTER_DRAIN_S = 2.0
+"""Seconds that a replica may take to stop after its last request has ended.
 
-LEAVE_S = 2.0
-"""For what is left to do once the last request has ended. The ingress goes first: the router is idle when it has left."""
+The ingress stops first: the router is idle once the ingress has left it.
+"""
 
 
 class IngressReplica:
-    """Answers HTTP. Serve calls `__serve_build_asgi_app__` after the constructor, in the replica's event loop."""
+    """The Serve deployment `Ingress`, which answers HTTP and hands requests to the router."""
 
     def __init__(self, router: DeploymentHandle, args: AppArgs) -> None:
         logs.configure(args.api.log_format)
@@ -36,15 +38,19 @@ class IngressReplica:
         self._client = HandleClient(router)
         self._client.start()
 
-    async def __del__(self) -> None:  # Serve awaits it when it stops a replica in order
+    async def __del__(self) -> None:  # Serve awaits this when it stops a replica in order
         await self._client.stop()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        # transformers, for which `build` need not wait
+        """Return the endpoint.
+
+        Serve finds this method by its name: see BUILD_ASGI_APP in deploy.ray_private.
+        """
+        # Imported here, because it imports transformers, for which `build` need not wait.
         from router.text.tokenizer import Tokenizer, sampling_defaults
 
         path, name = self._args.model.path, self._args.model.name
-        model = Served(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
+        model = ServedModel(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
         logger.info("unless a request says otherwise: %s", model.defaults)
         return build_ingress(
             client=self._client, tokenizer=Tokenizer(path), model=model, config=self._args.api
@@ -52,23 +58,30 @@ class IngressReplica:
 
 
 def build(args: AppArgs) -> Application:
-    """Refuses, with a sentence, a model that cannot be served and keys that cannot be read before any replica starts."""
+    """Return the application of two deployments, Router and Ingress.
+
+    Raises ValueError, before any replica starts, for a model that cannot be served and for API keys that
+    cannot be read.
+    """
     check_family(args.model.path)
     if args.api.keys_file is not None:
         read_keys(args.api.keys_file)
     ingress_class: Any = serve.ingress()(IngressReplica)
-    grace_s = args.router.drain_s + LEAVE_S
+    grace_s = args.router.drain_s + AFTER_DRAIN_S
     router = _deployment(RouterReplica, name="Router", grace_s=grace_s)
     ingress = _deployment(ingress_class, name="Ingress", grace_s=grace_s)
     return ingress.bind(router.bind(args), args)
 
 
 def _deployment(replica: type, *, name: str, grace_s: float) -> Any:
-    """grace_s: for requests that still run when a replica is stopped, by whomever."""
+    """Return the deployment of a class.
+
+    grace_s: how long requests that run may go on when a replica is stopped.
+    """
     return serve.deployment(
         replica,
         name=name,
-        max_ongoing_requests=MANY,
+        max_ongoing_requests=NO_LIMIT,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,

@@ -1,4 +1,7 @@
-"""One YAML file in, one checked object out. It is a Ray Serve config file, so Serve's own commands take it too."""
+"""The config file: read from YAML, changed by `--set`, and checked into one ServeFile.
+
+It is a Ray Serve config file, so Serve's own commands take it too.
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -17,26 +20,35 @@ Amount = Annotated[float, Field(ge=0)]
 
 
 class ModelConfig(Config):
+    """The checkpoint that is served."""
+
     path: FromRoot
-    """Directory of the checkpoint, on every node; relative to the directory that holds deploy/."""
+    """The directory of the checkpoint, the same on every node; relative to the directory that holds deploy/.
+    """
 
     name: str = Field(min_length=1)
-    """What clients call it."""
+    """The name by which clients ask for the model."""
 
 
 class FleetConfig(Config):
+    """How the Fleet keeps the expert shards."""
+
     lease_s: float = Field(default=60.0, ge=5)
-    """Shards outlive a dead router by this long; a new one that comes in time takes them over."""
+    """Shards outlive a dead router by this many seconds; a new router that comes in time takes them over."""
 
     shard_resources: dict[str, Amount] = Field(default_factory=dict)
-    """What Ray reserves for one shard, e.g. {GPU: 1}; empty reserves a GPU where the cluster has any."""
+    """The resources that Ray reserves for one shard, e.g. {GPU: 1}; empty reserves a GPU where the cluster
+    has any.
+    """
 
     start_timeout_s: float = Field(default=1800.0, gt=0)
-    """A shard that has not loaded its experts by then is given up and started again."""
+    """A shard that has not loaded its experts after this many seconds is given up and started again."""
 
 
 class AppArgs(Config):
-    """`args` of the application: fixed for the life of a router, because Serve restarts it when they change."""
+    """The `args` of the application; they are fixed for the life of a router, because Serve restarts it when
+    they change.
+    """
 
     model: ModelConfig
     fabric: FabricConfig = FabricConfig()
@@ -46,14 +58,18 @@ class AppArgs(Config):
 
 
 class RouterUserConfig(Config):
-    """`user_config` of the Router deployment: may change while it serves."""
+    """The `user_config` of the Router deployment; it may change while the router serves."""
 
     experts: ExpertsConfig
 
 
 class HttpOptions(Config):
+    """The options of Serve's HTTP proxies."""
+
     host: str = "127.0.0.1"
-    """Serve's own default for a file is 0.0.0.0; the endpoint asks for no key unless told to, so ours is this machine."""
+    """The address to listen on. Serve's own default for a file is 0.0.0.0; ours is this machine only, because
+    the endpoint asks for no key unless told to.
+    """
 
     port: int = Field(default=8000, ge=1, le=65535)
     root_path: str = ""
@@ -62,7 +78,7 @@ class HttpOptions(Config):
 
 
 class ActorOptions(Config):
-    """What Ray reserves for a replica."""
+    """The resources and the environment that Ray gives a replica."""
 
     num_cpus: Amount | None = None
     num_gpus: Amount | None = None
@@ -73,15 +89,19 @@ class ActorOptions(Config):
 
 
 class RouterDeployment(Config):
+    """The deployment that holds the engine."""
+
     name: Literal["Router"]
     num_replicas: Literal[1] = 1
-    """One: the KV cache of a request lives in one router."""
+    """There is exactly one replica, because the KV cache of a request lives in one router."""
 
     user_config: RouterUserConfig
     ray_actor_options: ActorOptions = ActorOptions()
 
 
 class IngressDeployment(Config):
+    """The deployment that answers HTTP."""
+
     name: Literal["Ingress"]
     num_replicas: int = Field(default=1, ge=1)
     ray_actor_options: ActorOptions = ActorOptions()
@@ -91,6 +111,8 @@ DEPLOYMENTS: dict[str, type[Config]] = {"Router": RouterDeployment, "Ingress": I
 
 
 class Application(Config):
+    """The one application of a config file."""
+
     name: str = Field(default="sparkmoe", min_length=1)
     route_prefix: str = Field(default="/", pattern="^/")
     import_path: Literal["deploy.app:build"]
@@ -111,7 +133,7 @@ class Application(Config):
 
 
 class ServeFile(Config):
-    """The whole file. Serve ignores misspelt deployment fields; we do not."""
+    """The whole config file. Serve ignores misspelt fields of a deployment; we refuse them."""
 
     proxy_location: Literal["HeadOnly", "EveryNode"] = "HeadOnly"
     http_options: HttpOptions = HttpOptions()
@@ -135,9 +157,10 @@ class ServeFile(Config):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[ServeFile, dict[str, Any]]:
-    """(the checked file, the same as the plain dict that Serve is given). ValueError says what to mend, and where.
+    """Return the checked file, and the same as the plain dict that Serve is given.
 
-    overrides: `dotted.key=value` from the command line, see `override`.
+    overrides: `dotted.key=value` from the command line, see `override`. Raises ValueError that says what to
+    mend, and where.
     """
     try:
         raw = _parse(path.read_bytes(), where=str(path))
@@ -157,7 +180,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[ServeFile, dict[str
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:
-    """`experts.shards=3` finds its place by name: in the Router's user_config, the args, or the file itself."""
+    """Set one value of a parsed file, e.g. `experts.shards=3`.
+
+    The first part of the key decides where it belongs: the Router's user_config, the args, or the file
+    itself. Raises ValueError for a key or a value that cannot be set.
+    """
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ValueError(f"--set {_line(assignment)}: must be dotted.key=value")
@@ -173,7 +200,7 @@ def override(raw: dict[str, Any], assignment: str) -> None:
 
 
 def explain(error: ValidationError) -> str:
-    """One sentence with the dotted path of every mistake."""
+    """Return one sentence that names every mistake by its dotted path."""
     return _line(
         "; ".join(_explain(one["type"], one["loc"], one["msg"], one.get("ctx", {})) for one in error.errors())
     )
@@ -198,7 +225,7 @@ def _explain(kind: str, loc: tuple[int | str, ...], message: str, context: dict[
 
 
 def _is_tag(loc: tuple[int | str, ...], at: int) -> bool:
-    """Whether a step of a path is one that pydantic puts in: which kind of deployment it took it for."""
+    """Return whether this step of a path is the tag that pydantic inserts for the kind of deployment."""
     return at >= 2 and loc[at - 2] == "deployments" and loc[at] in DEPLOYMENTS
 
 
@@ -208,7 +235,7 @@ def _suggest(wrong: str, known: Iterable[str]) -> str:
 
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
-    """What may stand in the mapping at this place of the file."""
+    """Return the keys that the mapping at this place of the file may have."""
     here: Any = ServeFile
     for at, step in enumerate(loc):
         if isinstance(step, int):
@@ -219,7 +246,7 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _home(raw: dict[str, Any], top: str) -> dict[str, Any]:
-    """The mapping in which `top` stands."""
+    """Return the mapping of the file to which the key `top` belongs."""
     if top in RouterUserConfig.model_fields:
         return _below(_router(_application(raw)), "user_config")
     if top in AppArgs.model_fields:
@@ -247,7 +274,7 @@ def _router(application: dict[str, Any]) -> dict[str, Any]:
 
 
 def _below(place: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping at `key`, which is made if there is none."""
+    """Return the mapping at `key`; make an empty one if there is none."""
     below = place[key] = {} if place.get(key) is None else place[key]
     if not isinstance(below, dict):
         raise ValueError(f"{key} is not a mapping")
@@ -257,7 +284,7 @@ def _below(place: dict[str, Any], key: str) -> dict[str, Any]:
 def _parse(text: str | bytes, *, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # PyYAML lets through whatever int(), a date or a regex raises
+    except Exception as error:  # PyYAML passes on whatever int(), a date or a regex raises
         raise ValueError(f"{where}: not valid YAML: {_line(str(error))}") from error
 
 

@@ -1,4 +1,7 @@
-"""What our processes write to the log: plain Ray actors write nothing below WARNING by themselves."""
+"""Logging of our processes: which lines they write, and in which format.
+
+Without it, a plain Ray actor writes nothing below WARNING.
+"""
 
 import json
 import logging
@@ -11,11 +14,17 @@ ROOMS = ("deploy", "experts", "router")
 LogFormat = Literal["text", "json"]
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the HTTP request that the current task serves; "" outside of one. Every line that it logs has it."""
+"""The id of the HTTP request that the current task serves, "" outside of one.
+
+Every line that the task logs has it.
+"""
 
 
 def configure(log_format: LogFormat) -> None:
-    """Our INFO lines go to stderr, which Ray keeps in its log files, unless a handler takes them already. Idempotent."""
+    """Send our INFO lines to stderr, which Ray keeps in its log files, unless a handler takes them already.
+
+    Idempotent.
+    """
     for room in ROOMS:
         logger = logging.getLogger(room)
         logger.setLevel(logging.INFO)
@@ -24,9 +33,10 @@ def configure(log_format: LogFormat) -> None:
 
 
 def handler(log_format: LogFormat, stream: TextIO | None = None) -> logging.Handler:
-    """Writes to stderr unless a stream is given: a line, or with `json` an object in a line, for every record.
+    """Return a handler that writes a line for every record, with `json` an object, to the stream or else to
+    stderr.
 
-    A record's `fields`, a dict that a caller gives as `extra={"fields": ...}`, are members of the object.
+    A caller's `extra={"fields": {...}}` adds members to the object.
     """
     writer = logging.StreamHandler(stream)
     writer.setFormatter(_Json() if log_format == "json" else _Text())
@@ -34,7 +44,9 @@ def handler(log_format: LogFormat, stream: TextIO | None = None) -> logging.Hand
 
 
 class _Text(logging.Formatter):
-    """What clients sent may stand in a message: nothing of it ends the line or moves a terminal's cursor."""
+    """A formatter that escapes what is not printable: text from clients must not end a line or move a
+    terminal's cursor.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         owner = f"{found}: " if (found := request_id.get()) else ""

@@ -1,4 +1,8 @@
-"""Where this checkout is. Relative paths of a config are from here: `build` never sees where the file was."""
+"""The root directory of this checkout, from which the relative paths of a config are read.
+
+They are not read from the config file's own directory, because `deploy.app.build` never sees where the file
+was.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,3 +17,4 @@ def _from_root(path: Path) -> Path:
 
 
 FromRoot = Annotated[Path, AfterValidator(_from_root)]
+"""A path of a config; a relative one is taken from ROOT."""

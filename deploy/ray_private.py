@@ -1,8 +1,8 @@
 """Every use that deploy/ makes of Ray's private names, each with the reason; no other file touches one.
 
 Ray may change a private name in any release, so pyproject.toml pins Ray to one minor version, and
-tests/unit/house/test_ray_private.py pins what each function relies on. Ray is imported inside the functions: the Fleet
-and the shards import this file, and must not wait for Serve, which imports FastAPI.
+tests/unit/house/test_ray_private.py pins what each function relies on. Ray is imported inside the functions:
+the Fleet and the shards import this file, and must not wait for Serve, which imports FastAPI.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,22 @@ if TYPE_CHECKING:
     from ray.util.metrics import Counter
 
 BUILD_ASGI_APP = "__serve_build_asgi_app__"
-"""Name of the method that Serve calls, after the constructor and in the replica's event loop, for a deployment's ASGI app.
+"""Name of the method that Serve calls, after the constructor and in the replica's event loop, for a
+deployment's ASGI app.
 
-deploy.app.IngressReplica has to define it under exactly this name. Only the docstring of `serve.ingress` mentions it; the
-documented ways pass an app or a function without arguments, and ours needs the replica's handle to the router. If Ray
-renames it, `serve.ingress()(IngressReplica)` raises ValueError while the application is built.
+deploy.app.IngressReplica has to define it under exactly this name. Only the docstring of `serve.ingress`
+mentions it; the documented ways pass an app or a function without arguments, and ours needs the replica's
+handle to the router. If Ray renames it, `serve.ingress()(IngressReplica)` raises ValueError while the
+application is built.
 """
 
 
 def available_resources_by_node() -> Mapping[str, Mapping[str, float]]:
     """Return what Ray can still reserve on every node, by node id and name of the resource.
 
-    The Fleet chooses the node of a shard by it. The public `ray.available_resources` has only the sum over all nodes, and
-    `ray.nodes` has only totals. If Ray changes it, no shard finds a node: the Fleet's keepers fail and say so.
+    The Fleet chooses the node of a shard by it. The public `ray.available_resources` has only the sum over
+    all nodes, and `ray.nodes` has only totals. If Ray changes it, no shard finds a node: the Fleet's keepers
+    fail and say so.
     """
     from ray._private.state import available_resources_per_node
 
@@ -36,8 +39,8 @@ def available_resources_by_node() -> Mapping[str, Mapping[str, float]]:
 def running_serve() -> Any:
     """Return the client of the Serve instance that runs on this cluster, None if there is none.
 
-    The other functions here take this client. Every public function of Serve either starts an instance if there is none
-    or gives no client. If Ray changes it, `sparkmoe serve` fails at its start.
+    The other functions here take this client. Every public function of Serve either starts an instance if
+    there is none or gives no client. If Ray changes it, `sparkmoe serve` fails at its start.
     """
     from ray.serve.context import _get_global_client
 
@@ -47,7 +50,8 @@ def running_serve() -> Any:
 def start_serve(http_options: dict[str, Any], proxy_location: "ProxyLocation") -> Any:
     """Start Serve on this cluster and return its client.
 
-    The public `serve.start` makes the same call and returns None. If Ray changes it, `sparkmoe serve` fails at its start.
+    The public `serve.start` makes the same call and returns None. If Ray changes it, `sparkmoe serve` fails
+    at its start.
     """
     from ray.serve._private.api import serve_start
 
@@ -57,8 +61,8 @@ def start_serve(http_options: dict[str, Any], proxy_location: "ProxyLocation") -
 def http_options(client: Any) -> dict[str, Any]:
     """Return the HTTP options that a running Serve instance was started with.
 
-    They decide whether `sparkmoe serve` may use it. No public function returns them. If Ray changes it, joining a cluster
-    on which Serve runs fails at its start.
+    They decide whether `sparkmoe serve` may use it. No public function returns them. If Ray changes it,
+    joining a cluster on which Serve runs fails at its start.
     """
     return client.http_config.model_dump()
 
@@ -66,9 +70,9 @@ def http_options(client: Any) -> dict[str, Any]:
 def serve_details(client: Any, *, timeout_s: float | None) -> dict[str, Any]:
     """Return what Serve says of itself and its applications, as the dict behind ServeInstanceDetails.
 
-    Raises RayError (GetTimeoutError among them) if the controller has not answered within timeout_s; None waits for ever.
-    The public `serve.status` makes the same call, but without a timeout, and its result lacks the proxies' location. If
-    Ray changes it, `sparkmoe serve` fails as soon as it has deployed.
+    Raises RayError (GetTimeoutError among them) if the controller has not answered within timeout_s; None
+    waits for ever. The public `serve.status` makes the same call, but without a timeout, and its result lacks
+    the proxies' location. If Ray changes it, `sparkmoe serve` fails as soon as it has deployed.
     """
     import ray
 
@@ -76,10 +80,11 @@ def serve_details(client: Any, *, timeout_s: float | None) -> dict[str, Any]:
 
 
 def deploy_file(client: Any, schema: "ServeDeploySchema") -> None:
-    """Deploy the applications of a Serve config file, as `serve deploy FILE` does; delete those that it does not name.
+    """Deploy the applications of a Serve config file, as `serve deploy FILE` does; delete those that it does
+    not name.
 
-    The public `serve.run` takes an application object, not a file; the REST API that takes one needs Ray's dashboard. If
-    Ray changes it, `sparkmoe serve` fails when it deploys.
+    The public `serve.run` takes an application object, not a file; the REST API that takes one needs Ray's
+    dashboard. If Ray changes it, `sparkmoe serve` fails when it deploys.
     """
     client.deploy_apps(schema)
 
@@ -87,18 +92,20 @@ def deploy_file(client: Any, schema: "ServeDeploySchema") -> None:
 def delete_applications(client: Any, names: Sequence[str]) -> None:
     """Tell Serve to delete these applications, and return before it has done so.
 
-    The public `serve.delete` blocks for up to a minute unless the underscored `_blocking` is set. If Ray changes it, an
-    application stays on a cluster that `sparkmoe serve` has joined, and a line on the terminal says so.
+    The public `serve.delete` blocks for up to a minute unless the underscored `_blocking` is set. If Ray
+    changes it, an application stays on a cluster that `sparkmoe serve` has joined, and a line on the terminal
+    says so.
     """
     client.delete_apps(list(names), blocking=False)
 
 
 def shut_serve_down(client: Any, *, timeout_s: float) -> None:
-    """Shut Serve down; return when its controller has ended. Raises RayError if that takes longer than timeout_s.
+    """Shut Serve down; return when its controller has ended. Raises RayError if that takes longer than
+    timeout_s.
 
-    The public `serve.shutdown` repeats its call to the controller until it succeeds, which the controller that ends never
-    lets it, and prints that to the terminal. If Ray changes it, `sparkmoe serve` says on the terminal that Serve did not
-    stop in order; a cluster of its own ends all the same.
+    The public `serve.shutdown` repeats its call to the controller until it succeeds, which the controller
+    that ends never lets it, and prints that to the terminal. If Ray changes it, `sparkmoe serve` says on the
+    terminal that Serve did not stop in order; a cluster of its own ends all the same.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -113,7 +120,7 @@ def shut_serve_down(client: Any, *, timeout_s: float) -> None:
 def record_zero(counter: "Counter", tags: dict[str, str]) -> None:
     """Make a counter appear in the metrics with the value 0.
 
-    Else it would be absent before its first event, and Prometheus would take that event's value for no growth. The public
-    `Counter.inc` refuses a zero. If Ray changes it, the router does not start.
+    Else it would be absent before its first event, and Prometheus would take that event's value for no
+    growth. The public `Counter.inc` refuses a zero. If Ray changes it, the router does not start.
     """
     counter._record(0, tags)

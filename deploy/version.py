@@ -1,4 +1,4 @@
-"""Which version of sparkmoe this is, installed or not."""
+"""The version of sparkmoe, whether it is installed or runs from a checkout."""
 
 import tomllib
 from importlib import metadata
@@ -7,7 +7,7 @@ from deploy.paths import ROOT
 
 
 def version() -> str:
-    """Of the checkout that runs, else of the installed package."""
+    """Return the version of the checkout that runs, or of the installed package if there is no checkout."""
     file = ROOT / "pyproject.toml"
     if file.exists():
         project = tomllib.loads(file.read_text()).get("project", {})

@@ -1,4 +1,4 @@
-"""Deadlines of what is awaited."""
+"""A deadline for an awaitable."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -8,9 +8,10 @@ T = TypeVar("T")
 
 
 async def within(seconds: float, answer: Awaitable[T]) -> T:
-    """The answer; TimeoutError when the time is up.
+    """Return what the awaitable returns. Raises TimeoutError when the time is up.
 
-    Python 3.11's asyncio.wait_for loses a cancellation that comes together with the answer: a loop around it never ends.
+    Used instead of asyncio.wait_for, which in Python 3.11 loses a cancellation that comes together with the
+    answer: a loop around it would never end.
     """
     async with asyncio.timeout(seconds):
         return await answer

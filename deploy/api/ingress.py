@@ -23,7 +23,7 @@ from deploy.api.engine_client import (
     no_router,
     too_many,
 )
-from deploy.api.http.access_log import counted
+from deploy.api.http.access_log import note_outputs
 from deploy.api.http.asgi import EventStream
 from deploy.api.http.errors import INTERNAL_ERROR, ApiError, invalid_body
 from deploy.api.openai.chat_shape import ChatShape
@@ -33,7 +33,7 @@ from deploy.api.openai.fields import ignored_fields
 from deploy.api.openai.reply import Reply, server_sent, to_json
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Shape, Vocabulary
-from deploy.api.openai.tokenize import DetokenizeRequest, TokenizeRequest, Tokens, tokenized
+from deploy.api.openai.tokenize import DetokenizeRequest, TokenizeRequest, TokenizerLike, tokenize
 from deploy.version import version
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
@@ -44,7 +44,7 @@ READY_TIMEOUT_S = 5.0
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class Tokenizer(Vocabulary, Tokens, Protocol):
+class Tokenizer(Vocabulary, TokenizerLike, Protocol):
     """What the ingress needs of router.tokenizer.Tokenizer."""
 
     @property
@@ -52,7 +52,7 @@ class Tokenizer(Vocabulary, Tokens, Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What the ingress must know of the model. defaults: of sampling, for what a request does not say."""
 
     name: str
@@ -61,7 +61,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _EngineInputs:
     """A body's prompts as tokens, the shape of its answer, and the grammar that every choice has to be of."""
 
     prompts: list[list[int]]
@@ -73,7 +73,7 @@ class Ingress:
     """The routes. timeout_s: of every request, None for as long as it takes."""
 
     def __init__(
-        self, client: EngineClient, *, tokenizer: Tokenizer, model: Served, timeout_s: float | None
+        self, client: EngineClient, *, tokenizer: Tokenizer, model: ServedModel, timeout_s: float | None
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
@@ -89,8 +89,8 @@ class Ingress:
         limits = self._limits()
         _check_count(body.n, limits, param="n")
         # In a thread: a long prompt, or a grammar, must not hold up everybody's streams.
-        asked = await asyncio.to_thread(self._asked_in_chat, body, limits)
-        return await self._answer(body, asked)
+        inputs = await asyncio.to_thread(self._chat_inputs, body, limits)
+        return await self._answer(body, inputs)
 
     async def completions(self, http: HttpRequest) -> Response:
         self._check_room()
@@ -98,15 +98,15 @@ class Ingress:
         self._check_model(body.model)
         limits = self._limits()
         _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
-        asked = await asyncio.to_thread(self._asked, body, limits)
-        return await self._answer(body, asked)
+        inputs = await asyncio.to_thread(self._completion_inputs, body, limits)
+        return await self._answer(body, inputs)
 
     async def tokenize(self, http: HttpRequest) -> Response:
         body = _parse(TokenizeRequest, await http.body())
         self._check_model(body.model or self._model.name)
         most = self._limits().max_model_len
         try:
-            answer = await asyncio.to_thread(tokenized, body, self._tokenizer, max_model_len=most)
+            answer = await asyncio.to_thread(tokenize, body, self._tokenizer, max_model_len=most)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         return _json_response(answer)
@@ -146,12 +146,14 @@ class Ingress:
         report = {"ready": state.ready, "reason": state.reason, "detail": detail}
         return _json_response(report, status=200 if state.ready else 503)
 
-    async def _answer(self, body: ChatCompletionRequest | CompletionRequest, asked: _Asked) -> Response:
-        reply_id = f"{asked.shape.id_prefix}-{uuid4().hex}"
-        requests = _requests(body, asked, reply_id, self._model.defaults, timeout_s=self._timeout_s)
-        prompt_tokens = [len(prompt) for prompt in asked.prompts]
+    async def _answer(
+        self, body: ChatCompletionRequest | CompletionRequest, inputs: _EngineInputs
+    ) -> Response:
+        reply_id = f"{inputs.shape.id_prefix}-{uuid4().hex}"
+        requests = _requests(body, inputs, reply_id, self._model.defaults, timeout_s=self._timeout_s)
+        prompt_tokens = [len(prompt) for prompt in inputs.prompts]
         reply = Reply(
-            asked.shape,
+            inputs.shape,
             reply_id=reply_id,
             created=int(time.time()),
             model=self._model.name,
@@ -161,7 +163,7 @@ class Ingress:
             include_usage=body.include_usage,
         )
         outputs = generate_all(self._client, requests)
-        outputs = counted(outputs, completion_id=reply_id, prompt_tokens=sum(prompt_tokens))
+        outputs = note_outputs(outputs, completion_id=reply_id, prompt_tokens=sum(prompt_tokens))
         if body.stream:
             return EventStream(_events(reply, outputs), event_of=_error_event)
         async with aclosing(outputs):
@@ -169,7 +171,7 @@ class Ingress:
                 reply.add(index, output)
         return Response(reply.whole(), media_type="application/json")
 
-    def _asked_in_chat(self, body: ChatCompletionRequest, limits: Limits) -> _Asked:
+    def _chat_inputs(self, body: ChatCompletionRequest, limits: Limits) -> _EngineInputs:
         messages = [message.for_template() for message in body.messages]
         tools = [tool.for_template() for tool in body.offered]
         try:
@@ -186,16 +188,16 @@ class Ingress:
             new_reader=self._chats.new_reader(body, prompt=text),
             calls_finish=not body.names_tool,
         )
-        return _Asked([prompt], shape, self._chats.grammar(body))
+        return _EngineInputs([prompt], shape, self._chats.grammar(body))
 
-    def _asked(self, body: CompletionRequest, limits: Limits) -> _Asked:
+    def _completion_inputs(self, body: CompletionRequest, limits: Limits) -> _EngineInputs:
         prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
         for prompt in prompts:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
         shape = CompletionShape(self._tokenizer, body, prompts=prompts)
-        form = body.form()
-        return _Asked(prompts, shape, form.compile() if form else None)
+        constraint = body.output_constraint()
+        return _EngineInputs(prompts, shape, constraint.compile() if constraint else None)
 
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
@@ -267,7 +269,7 @@ def _parse(kind: type[Body], sent: bytes) -> Body:
 
 def _requests(
     body: ChatCompletionRequest | CompletionRequest,
-    asked: _Asked,
+    inputs: _EngineInputs,
     reply_id: str,
     defaults: SamplingParams,
     *,
@@ -275,7 +277,7 @@ def _requests(
 ) -> list[Request]:
     """n requests for each prompt; their places are the choices' indices."""
     try:
-        params = [body.sampling(choice, defaults, grammar=asked.grammar) for choice in range(body.n)]
+        params = [body.sampling(choice, defaults, grammar=inputs.grammar) for choice in range(body.n)]
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
         raise ApiError(400, str(error), param=str(error).partition("=")[0]) from error
     return [
@@ -286,7 +288,7 @@ def _requests(
             priority=body.priority,
             timeout_s=timeout_s,
         )
-        for place, prompt in enumerate(asked.prompts)
+        for place, prompt in enumerate(inputs.prompts)
         for choice in range(body.n)
     ]
 

@@ -10,7 +10,7 @@ from deploy.api.http.access_log import RequestLog
 from deploy.api.http.asgi import RequestGuard
 from deploy.api.http.errors import ApiError, answer_api_error, answer_http_error
 from deploy.api.http.keys import ApiKeys, KeyGuard
-from deploy.api.ingress import Ingress, Served, Tokenizer
+from deploy.api.ingress import Ingress, ServedModel, Tokenizer
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Completion
 from deploy.api.openai.tokenize import (
@@ -72,7 +72,9 @@ READY = Operation(
 )
 
 
-def build_ingress(*, client: EngineClient, tokenizer: Tokenizer, model: Served, config: ApiConfig) -> FastAPI:
+def build_ingress(
+    *, client: EngineClient, tokenizer: Tokenizer, model: ServedModel, config: ApiConfig
+) -> FastAPI:
     """Raises ValueError for a file of keys that cannot be read."""
     app = DescribedApp(model=model.name, keys=config.keys_file is not None)
     _add_routes(app, Ingress(client, tokenizer=tokenizer, model=model, timeout_s=config.request_timeout_s))

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
-from deploy.api.http.keys import OPEN
+from deploy.api.http.keys import OPEN_PATHS
 from deploy.version import version
 
 Handler = Callable[..., Awaitable[Response]]
@@ -106,7 +106,7 @@ class DescribedApp(FastAPI):
         self._bodies: list[type[BaseModel]] = []
 
     def add_operation(self, method: str, path: str, handler: Handler, operation: Operation) -> None:
-        guarded = self._keys and path not in OPEN
+        guarded = self._keys and path not in OPEN_PATHS
         if operation.body is not None:
             self._bodies.append(operation.body)
         self.add_api_route(

@@ -1,1 +1,1 @@
-"""The command line: `sparkmoe serve`, `status`, `quantize`, `selftest`, and the demo."""
+"""The command line: `sparkmoe serve`, `status`, `quantize` and `selftest`, and the demo."""

@@ -1,4 +1,4 @@
-"""The Ray cluster and the Serve instance under `sparkmoe serve`: what it starts or finds, and how it leaves them."""
+"""The Ray cluster and the Serve instance that `sparkmoe serve` starts or joins, and how it leaves them."""
 
 import asyncio
 import contextlib
@@ -23,21 +23,23 @@ from deploy.fleet.spec import NAMESPACE, fleet_name
 from deploy.within import within
 
 ANSWER_S = 10.0
-"""How long the Serve controller or the Fleet may take over one call."""
+"""Seconds that the Serve controller or the Fleet may take to answer one call."""
 
 GONE_AFTER_S = 30.0
-"""A cluster that has not answered for so long is given up; a Serve controller is back in a few seconds."""
+"""A cluster that has not answered for this many seconds is given up; a Serve controller that died is back in
+a few.
+"""
 
 DELETE_S = 60.0
 POLL_S = 0.1
 
 
 class ClusterGone(LaunchError):
-    """Nothing of the cluster is left to be asked, or to be stopped."""
+    """The Ray cluster no longer answers: there is nothing left to ask or to stop."""
 
 
 class Application:
-    """Our application on a Serve instance. started: Serve was not there before."""
+    """Our application on a Serve instance. started: we started that Serve; it did not run before."""
 
     def __init__(self, client: Any, name: str, *, started: bool) -> None:
         self._client = client
@@ -49,47 +51,53 @@ class Application:
         try:
             ray_private.deploy_file(self._client, schema)
         except RayError as error:
-            raise LaunchError(f"Serve did not take the file: {gist(str(error))}") from error
+            raise LaunchError(f"Serve did not take the file: {first_and_last_line(str(error))}") from error
 
     def details(self) -> dict[str, Any] | None:
-        """What Serve knows of it: `status`, `message`, `deployments`; None if it was deleted. Raises ClusterGone."""
+        """Return what Serve says of it (`status`, `message`, `deployments`), None if it was deleted.
+
+        Raises ClusterGone.
+        """
         ends = time.monotonic() + GONE_AFTER_S
         while True:
             try:
                 return self._ask()
             except (RayError, OSError) as error:
                 if time.monotonic() > ends:
-                    raise ClusterGone(f"the Ray cluster is gone: {gist(str(error))}") from error
+                    raise ClusterGone(
+                        f"the Ray cluster is gone: {first_and_last_line(str(error))}"
+                    ) from error
                 time.sleep(POLL_S)
 
     def drain(self, *, limit_s: float) -> None:
-        """Its running requests end, while new ones are refused. What goes wrong with it is told."""
+        """Let running requests end, while new ones are refused. An error is printed, not raised."""
 
-        async def drain() -> None:  # in a loop: where Serve's handles live, see RAY_SETTINGS
+        async def drain() -> None:  # in an event loop: RAY_SETTINGS has Serve's handles live in the caller's
             router: Any = serve.get_deployment_handle("Router", app_name=self.name)
             await within(limit_s, router.drain.remote())
 
-        with _told("running requests are cut short"):
+        with _errors_printed("running requests are cut short"):
             asyncio.run(drain())
-        logging.getLogger("ray.serve").setLevel(
-            logging.CRITICAL
-        )  # the handle complains that its loop has ended
+        # The handle would log that its loop has ended.
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
 
     def remove(self) -> None:
-        """It ends, and Serve does if it was started for it. A step that fails is told, and the next is taken."""
-        with _told("Serve did not stop in order"):
+        """Stop the application, Serve if we started it, and the Fleet.
+
+        A step that fails is printed; the next is taken.
+        """
+        with _errors_printed("Serve did not stop in order"):
             if self._started:
                 ray_private.shut_serve_down(self._client, timeout_s=DELETE_S)
             else:
                 ray_private.delete_applications(self._client, [self.name])
                 self._wait_until_deleted()
-        with _told("shards are left until their lease lapses (fleet.lease_s)"):
+        with _errors_printed("shards are left until their lease lapses (fleet.lease_s)"):
             stop_fleet(self.name)
 
     def _ask(self) -> dict[str, Any] | None:
-        reach(
-            ray.get_runtime_context().gcs_address
-        )  # while it is away, Ray would wait, then end this process
+        # While the cluster's GCS does not answer, Ray would wait for it, and then end this process.
+        check_listening(ray.get_runtime_context().gcs_address)
         details = ray_private.serve_details(self._client, timeout_s=ANSWER_S)
         return details["applications"].get(self.name)
 
@@ -103,8 +111,11 @@ class Application:
 
 @contextlib.contextmanager
 def cluster(address: str) -> Iterator[None]:
-    """A Ray cluster of our own (`local`), which ends with us, or one that runs already."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it would tell of each of our steps
+    """Join the Ray cluster at an address, or start one (`local`) that ends with this context.
+
+    Raises LaunchError.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # below that it logs each of our steps
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -116,9 +127,9 @@ def cluster(address: str) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 **options,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:  # Ray has no error of its own for it
+        except (ConnectionError, RuntimeError, ValueError) as error:  # Ray has no error of its own for this
             did = "start a Ray cluster" if address == "local" else f"join a Ray cluster at {address}"
-            raise LaunchError(f"cannot {did}: {gist(str(error))}") from error
+            raise LaunchError(f"cannot {did}: {first_and_last_line(str(error))}") from error
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler prints a stack
         yield
     finally:
@@ -128,9 +139,11 @@ def cluster(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def application(name: str, schema: ServeDeploySchema) -> Iterator[Application]:
-    """The application of a Serve config file, deployed; at the end it, its shards and its Fleet are gone.
+    """Deploy the application of a Serve config file; at the end of this context stop it, its shards and its
+    Fleet.
 
-    Serve ends with it, unless it ran before. Raises LaunchError if it ran for others or with other options.
+    Serve ends with it, unless Serve ran before. Raises LaunchError if Serve runs other applications, or with
+    other options than the file's.
     """
     running = ray_private.running_serve()
     if running is not None:
@@ -147,15 +160,18 @@ def application(name: str, schema: ServeDeploySchema) -> Iterator[Application]:
     finally:
         ignore_interrupts()
         if not gone:
-            tell("stopping")
+            print_status("stopping")
             app.remove()
 
 
 def refuse_to_share(
     details: Mapping[str, Any], http_options: Mapping[str, Any], schema: ServeDeploySchema
 ) -> None:
-    """LaunchError if a Serve that runs already cannot be ours too: a file deletes what it does not name,
-    and Serve takes its proxies' options once."""
+    """Raise LaunchError if a Serve that runs already cannot serve our file, too.
+
+    Deploying a file deletes the applications that it does not name, and Serve takes the options of its
+    proxies only once.
+    """
     if names := ", ".join(details["applications"]):
         raise LaunchError(
             f"Serve on this cluster already runs {names}, which serving another file would delete; "
@@ -173,40 +189,45 @@ def refuse_to_share(
 
 
 def stop_fleet(app: str) -> None:
-    """Stop an application's shards now instead of when their lease lapses. RayError if they do not stop."""
+    """Stop an application's shards now instead of when their lease lapses.
+
+    Raises RayError if they do not stop.
+    """
     try:
         fleet: Any = ray.get_actor(fleet_name(app), NAMESPACE)
     except ValueError:
-        return  # there is none
+        return  # there is no Fleet
     try:
-        # Its handle's calls are repeated until they succeed, which the actor that ends itself never does.
+        # The Fleet's calls are repeated until they succeed, and this one never does, since the actor ends itself in it.
         ray.get(fleet.shutdown.options(max_task_retries=0).remote(), timeout=ANSWER_S)
     except RayTaskError:
         raise
     except RayActorError:
-        return  # its death is the answer
+        return  # the call ends with the death of the actor
 
 
 def ignore_interrupts() -> None:
-    """From now on: a second Ctrl-C must not leave half of it running."""
+    """Ignore SIGINT and SIGTERM from now on: a second Ctrl-C must not leave half of what we stop running."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def reach(address: str) -> None:
-    """OSError if nothing listens at HOST:PORT."""
+def check_listening(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
 
 
-def gist(message: str) -> str:
-    """One line of a message: what comes between its first and its last line is a stack or a long story."""
+def first_and_last_line(message: str) -> str:
+    """Return the first and the last line of a message as one: what stands between them is a stack or a long
+    story.
+    """
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:1] + lines[1:][-1:])
 
 
-def tell(line: str) -> None:
-    """A line for the person at the terminal; stdout is for `ready` alone."""
+def print_status(line: str) -> None:
+    """Write a line for the person at the terminal to stderr; stdout is for the `ready` line alone."""
     sys.stderr.write(f"{line}\n")
 
 
@@ -215,17 +236,17 @@ def _start_serve(schema: ServeDeploySchema) -> Any:
         return ray_private.start_serve(schema.http_options.model_dump(), schema.proxy_location)
     except BaseException as error:
         ignore_interrupts()
-        with _told("Serve did not stop in order"):
+        with _errors_printed("Serve did not stop in order"):
             serve.shutdown()
         if isinstance(error, RayError | RayServeException | TimeoutError | RuntimeError):
-            raise LaunchError(f"Serve did not start: {gist(str(error))}") from error
+            raise LaunchError(f"Serve did not start: {first_and_last_line(str(error))}") from error
         raise
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """An error becomes a line: there is more to stop."""
+def _errors_printed(what: str) -> Iterator[None]:
+    """Print an error of this context instead of raising it, because there is more to stop."""
     try:
         yield
     except (RayError, RayServeException, OSError) as error:  # TimeoutError is an OSError
-        tell(f"{what}: {gist(str(error))}")
+        print_status(f"{what}: {first_and_last_line(str(error))}")

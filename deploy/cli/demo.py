@@ -1,4 +1,6 @@
-"""`make demo`: start configs/demo.yaml, ask it two questions with the openai client, stop it again."""
+"""The demo (`make demo`): start configs/demo.yaml, ask it two questions with the openai client, and stop it
+again.
+"""
 
 import sys
 import time
@@ -27,8 +29,8 @@ def main() -> None:
 
 
 def _ask(url: str) -> bool:
-    """Two questions; whether both answers had text."""
-    from openai import OpenAI  # a second, which the start of the server need not wait for
+    """Ask two questions; return whether both answers had text."""
+    from openai import OpenAI  # takes a second, which the start of the server need not wait for
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
     asked: dict[str, Any] = {
@@ -54,9 +56,10 @@ def _ask(url: str) -> bool:
 
 
 def _print_stream(ask: Callable[[], Any], text_of: Callable[[Any], str | None]) -> int:
-    """Print text as it comes, then the time to the first of it and the rate after; how many characters came.
+    """Print the text as it comes, then the time to its first piece and the rate after it; return its length.
 
-    ask: sends the request. The answer's headers come with its first event, so the clock starts before it.
+    ask: sends the request. The clock starts before it is called, because the answer's headers come with its
+    first event.
     """
     began, first, num_characters, num_tokens = time.perf_counter(), 0.0, 0, 0
     for chunk in ask():

@@ -1,4 +1,6 @@
-"""`sparkmoe serve`: bring a checked config up on Ray, wait for a token, watch it, and take everything down again."""
+"""The work of `sparkmoe serve`: start a checked config on Ray, wait until a token comes, watch it, and stop
+everything.
+"""
 
 import re
 import signal
@@ -11,7 +13,15 @@ from pydantic import ValidationError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from deploy.api.http.keys import read_keys
-from deploy.cli.cluster import Application, application, cluster, gist, ignore_interrupts, reach, tell
+from deploy.cli.cluster import (
+    Application,
+    application,
+    check_listening,
+    cluster,
+    first_and_last_line,
+    ignore_interrupts,
+    print_status,
+)
 from deploy.cli.loading import Loading
 from deploy.cli.readiness import LaunchError, readiness
 from deploy.config import HttpOptions, ServeFile, explain
@@ -22,19 +32,20 @@ POLL_S = 0.2
 WATCH_S = 3.0
 
 DRAIN_S = 5.0
-"""What draining may take beyond router.drain_s."""
+"""Seconds that draining may take beyond router.drain_s."""
 
 ROUTER_START_S = 60.0
-"""What the start may take beyond fleet.start_timeout_s."""
+"""Seconds that the start may take beyond fleet.start_timeout_s."""
 
 
 def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
     """Serve until SIGINT or SIGTERM. Prints `ready URL` once a decode step has gone through every shard.
 
-    Then running requests have router.drain_s to end, while new ones are refused; a second signal cuts them short.
+    After the signal running requests have router.drain_s to end, while new ones are refused; a second one
+    cuts them short.
 
-    Raises ValueError for a config that cannot work and LaunchError if it does not come up, or is lost. Ignores both
-    signals once it stops, for good: the process is to end.
+    Raises ValueError for a config that cannot work, and LaunchError if it does not come up or is lost. Once
+    it stops, it ignores both signals for good, for the process is to end.
     """
     check(config, address=address)
     schema = _schema(raw)
@@ -49,12 +60,15 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
                 _drain(app, within_s=config.applications[0].args.router.drain_s)
                 raise
     except KeyboardInterrupt:
-        tell("stopped")
+        print_status("stopped")
 
 
 def check(config: ServeFile, *, address: str) -> None:
-    """What can be known before anything is started: the checkpoint; the API keys; the port, unless a Serve that runs may hold it;
-    that a cluster is where it is said to be."""
+    """Raise ValueError or LaunchError for what can be known to fail before anything is started.
+
+    Looked at are the checkpoint, the API keys, the port (unless a Serve that runs may hold it), and whether a
+    cluster answers at the address.
+    """
     application = config.applications[0]
     path, num_shards = application.args.model.path, application.experts.shards
     check_family(path)
@@ -75,19 +89,23 @@ def check(config: ServeFile, *, address: str) -> None:
         _check_cluster(address)
 
 
-def complaints(details: dict[str, Any]) -> str:
-    """One line of what Serve finds wrong with an application; "" if nothing."""
+def why_not_healthy(details: dict[str, Any]) -> str:
+    """Return in one line what Serve finds wrong with an application, "" if nothing."""
     ailing = {
         name: deployment["message"]
         for name, deployment in details["deployments"].items()
         if deployment["status"] != "HEALTHY"
     }
     parts = [details["message"], *(f"{name}: {message}" for name, message in ailing.items() if message)]
-    return "; ".join(filter(None, map(gist, parts)))
+    return "; ".join(filter(None, map(first_and_last_line, parts)))
 
 
 def _wait_until_ready(config: ServeFile, app: Application) -> None:
-    """Prints why not, whenever that changes, and how far the shards are. LaunchError if Serve gives up or it takes too long."""
+    """Wait until the server is ready; print why it is not, whenever that changes, and how far the shards have
+    loaded.
+
+    Raises LaunchError if Serve gives up or it takes too long, ValueError for what only the user can mend.
+    """
     limit_s = config.applications[0].args.fleet.start_timeout_s + ROUTER_START_S
     ends = time.monotonic() + limit_s
     told = ""
@@ -95,28 +113,28 @@ def _wait_until_ready(config: ServeFile, app: Application) -> None:
         while True:
             details = app.details()
             if details is None or details["status"] == "DEPLOY_FAILED":
-                why = "it was deleted" if details is None else complaints(details)
+                why = "it was deleted" if details is None else why_not_healthy(details)
                 raise LaunchError(f"the application did not start: {why}")
             ready, reason, more = _readiness(config.url)
             if ready:
                 return
             if hopeless := more.get("hopeless"):
                 raise ValueError(hopeless)
-            why = "; ".join(filter(None, [reason, complaints(details)]))
+            why = "; ".join(filter(None, [reason, why_not_healthy(details)]))
             if time.monotonic() > ends:
                 raise LaunchError(
                     f"not ready within {limit_s:.0f} s: {why or f'nothing answers at {config.url}'}"
                 )
             if why not in ("", told):
                 loading.clear()
-                tell(f"waiting: {why}")
+                print_status(f"waiting: {why}")
                 told = why
             loading.show(more.get("shards", ()))
             time.sleep(POLL_S)
 
 
 def _readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
-    """As readiness(), of a server whose HTTP side may still be coming up."""
+    """Return what `readiness` does, and "not ready" for a server that does not answer HTTP yet."""
     try:
         return readiness(url)
     except LaunchError:
@@ -124,7 +142,10 @@ def _readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
 
 
 def _watch(app: Application) -> NoReturn:
-    """Prints how it is, whenever that changes: a router that died is replaced. LaunchError if there is nothing left."""
+    """Print the application's status whenever it changes, e.g. while Serve replaces a router that died.
+
+    Raises LaunchError when the application was deleted or the cluster is gone.
+    """
     told = "RUNNING"
     while True:
         time.sleep(WATCH_S)
@@ -132,23 +153,26 @@ def _watch(app: Application) -> NoReturn:
         if details is None:
             raise LaunchError(f"the application {app.name} was deleted")
         status = ApplicationStatus(details["status"]).value
-        news = ": ".join(filter(None, [status, complaints(details)]))
+        news = ": ".join(filter(None, [status, why_not_healthy(details)]))
         if news != told:
-            tell(f"{app.name} is {news}")
+            print_status(f"{app.name} is {news}")
             told = news
 
 
 def _drain(app: Application, *, within_s: float) -> None:
-    tell("stopping: running requests may end; interrupt again to cut them short")
+    print_status("stopping: running requests may end; interrupt again to cut them short")
     _heed_interrupts()
     try:
         app.drain(limit_s=within_s + DRAIN_S)
     except KeyboardInterrupt:
-        tell("running requests are cut short")
+        print_status("running requests are cut short")
 
 
 def _schema(raw: dict[str, Any]) -> ServeDeploySchema:
-    """What Serve's own check of the file refuses becomes a sentence, as in `load`."""
+    """Return Serve's own object for the file.
+
+    Raises ValueError with a sentence, as `load` does, if Serve refuses it.
+    """
     try:
         return ServeDeploySchema.model_validate(raw)
     except ValidationError as error:
@@ -168,9 +192,11 @@ def _check_port(http: HttpOptions) -> None:
 
 
 def _check_cluster(address: str) -> None:
-    """Ray itself would try for minutes, and tell of each attempt."""
+    """Raise LaunchError if nothing listens at the address: Ray itself would try for minutes, and log each
+    attempt.
+    """
     try:
-        reach(address)
+        check_listening(address)
     except OSError as error:
         raise LaunchError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 

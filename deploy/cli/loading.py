@@ -1,4 +1,4 @@
-"""How far the shards' loading is, on the terminal of `sparkmoe serve`."""
+"""The progress of the shards' loading, shown on the terminal of `sparkmoe serve`."""
 
 import shutil
 import sys
@@ -6,13 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from deploy.cli.cluster import tell
+from deploy.cli.cluster import print_status
 from deploy.cli.readiness import loading_of
 from experts.progress import LINE_S, Progress
 
 
 class Loading:
-    """On a terminal a line that is written anew, gone at the end of this context; elsewhere a line now and then."""
+    """Shows progress: on a terminal in one line that is rewritten and cleared at the end, elsewhere in a line
+    now and then.
+    """
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()
@@ -27,7 +29,7 @@ class Loading:
         self.clear()
 
     def show(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """shards: as in the detail of /ready."""
+        """Show how far the shards are that load. shards: as in the detail of /ready."""
         loading = {shard["rank"]: progress for shard in shards if (progress := loading_of(shard))}
         if not loading:
             self.clear()
@@ -37,7 +39,7 @@ class Loading:
             self._tell(loading)
 
     def clear(self) -> None:
-        """For other lines, which come below."""
+        """Erase the line on the terminal, so that another one can be printed."""
         if self._written:
             self._write("")
             self._written = False
@@ -48,13 +50,15 @@ class Loading:
         self._written = True
 
     def _tell(self, loading: Mapping[int, Progress]) -> None:
-        """A line if a shard has come a tenth further, none within the first LINE_S or so soon after another."""
+        """Print a line if a shard has come a tenth further, but none in the first LINE_S or sooner than that
+        after another.
+        """
         now = time.monotonic()
         if self._line_at is None:
             self._line_at = now + LINE_S
         tenths = {rank: (one.work, 10 * one.done // one.total) for rank, one in loading.items()}
         if now >= self._line_at and tenths != self._told:
-            tell(_sentence(loading))
+            print_status(_sentence(loading))
             self._told, self._line_at = tenths, now + LINE_S
 
 

@@ -29,7 +29,11 @@ RAY_SETTINGS = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
-"""What `serve` starts Ray with, unless the environment says otherwise. Ray reads them when it is imported."""
+"""Environment variables that `serve` starts Ray with, unless they are set already. Ray reads them when it is
+imported.
+
+All are documented by Ray.
+"""
 
 
 @app.command()
@@ -49,7 +53,7 @@ def serve(
     try:
         from deploy.cli.launch import LaunchError, launch
         from deploy.config import load
-    except KeyboardInterrupt:  # it takes a second
+    except KeyboardInterrupt:  # the imports take a second
         _fail("interrupted")
 
     try:
@@ -82,23 +86,23 @@ def quantize(
 
 @app.command()
 def status(
-    url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Argument(help="URL of a running server.")] = "http://127.0.0.1:8000",
 ) -> None:
-    """Whether a server is ready, and what its shards do."""
-    from deploy.cli.readiness import LaunchError, describe, readiness
+    """Tell whether a server is ready, and what its shards do."""
+    from deploy.cli.readiness import LaunchError, readiness, status_lines
 
     try:
         ready, reason, detail = readiness(url if "://" in url else f"http://{url}")
     except LaunchError as error:
         _fail(str(error))
-    for line in describe(ready, reason, detail):
+    for line in status_lines(ready, reason, detail):
         typer.echo(line)
     raise typer.Exit(0 if ready else 1)
 
 
 @app.command()
 def selftest() -> None:
-    """Whether every kernel that this machine can run computes what it should, and how fast."""
+    """Check that every kernel that this machine can run computes what it should, and measure how fast."""
     try:
         from experts.device import default_device
         from experts.selftest import selftest

@@ -1,4 +1,7 @@
-"""Asking a server over HTTP whether it is ready. Light: `sparkmoe status` imports no Ray."""
+"""The client of /ready: asks a server over HTTP whether it is ready.
+
+It imports no Ray, so that `sparkmoe status` is quick.
+"""
 
 import json
 import urllib.error
@@ -11,11 +14,14 @@ from experts.progress import Progress
 
 
 class LaunchError(Exception):
-    """The server could not be started or reached; a sentence for the terminal."""
+    """The server could not be started or reached; its text is a sentence for the terminal."""
 
 
 def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
-    """(ready, why not, detail) of a server. Raises LaunchError if nothing answers, or something else does."""
+    """Return (ready, why not, detail) of a server.
+
+    Raises LaunchError if nothing answers, or something else does.
+    """
     try:
         status, body = _get(f"{url}/ready")
     except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
@@ -27,25 +33,25 @@ def readiness(url: str) -> tuple[bool, str, dict[str, Any]]:
         raise LaunchError(f"{url}/ready answered {status}, but not as a sparkmoe server does") from error
 
 
-def describe(ready: bool, reason: str, detail: dict[str, Any]) -> list[str]:
-    """The lines of `sparkmoe status`. What is empty is left out."""
+def status_lines(ready: bool, reason: str, detail: dict[str, Any]) -> list[str]:
+    """Return the lines that `sparkmoe status` prints, without empty values."""
     shards = detail.get("shards", [])
     rest = {key: value for key, value in detail.items() if key != "shards"}
     return [
         "ready" if ready else f"not ready: {reason}",
-        *(f"  {key}: {value}" for key, value in _told(rest)),
-        *("  shard " + ", ".join(f"{key} {value}" for key, value in _told(shard)) for shard in shards),
+        *(f"  {key}: {value}" for key, value in _shown(rest)),
+        *("  shard " + ", ".join(f"{key} {value}" for key, value in _shown(shard)) for shard in shards),
     ]
 
 
 def loading_of(shard: Mapping[str, Any]) -> Progress | None:
-    """shard: of the detail's shards."""
+    """Return how far a shard of the detail has loaded, None if it serves."""
     loading = shard.get("loading")
     return Progress(**loading) if loading else None
 
 
-def _told(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Without what is empty."""
+def _shown(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys of a detail with their values as text, without those that are empty."""
     texts = {key: f"{value:.1f}" if isinstance(value, float) else str(value) for key, value in detail.items()}
     if progress := loading_of(detail):
         texts["loading"] = str(progress)
@@ -53,7 +59,7 @@ def _told(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _get(url: str) -> tuple[int, bytes]:
-    """Status and body; a server that is not ready tells why in the body of a 503."""
+    """Return status and body; a server that is not ready says why in the body of a 503."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             return response.status, response.read()
@@ -63,6 +69,6 @@ def _get(url: str) -> tuple[int, bytes]:
 
 
 def _reason(error: Exception) -> str:
-    """In one line, and without the angle brackets that urllib puts around it."""
+    """Return an error in one line, without the angle brackets that urllib puts around it."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     return " ".join(str(cause).split()) or type(cause).__name__

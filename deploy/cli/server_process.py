@@ -1,4 +1,4 @@
-"""`sparkmoe serve` in a process of its own, for the demo and for tests."""
+"""A server in a process of its own (`sparkmoe serve`), for the demo and for tests."""
 
 import contextlib
 import os
@@ -15,7 +15,10 @@ STOP_S = 60
 
 
 class NotReady(Exception):
-    """The server ended, or was killed because the time was up, before it was ready. What it said is on stderr."""
+    """The server ended before it was ready, or was killed because the time was up.
+
+    Its messages are on stderr.
+    """
 
 
 @contextlib.contextmanager
@@ -26,10 +29,11 @@ def server_process(
     environment: Mapping[str, str] | None = None,
     start_timeout_s: float,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """(URL, process) of a server that is ready, on a free port unless a setting names one.
+    """Start a server and yield (URL, process) when it is ready. It takes a free port unless a setting names
+    one.
 
-    At the end it is interrupted as Ctrl-C would, and killed if it does not stop: `returncode` is 0 if it did.
-    Raises NotReady.
+    At the end of this context it is interrupted as by Ctrl-C, and killed if it does not stop within STOP_S:
+    `returncode` is 0 if it stopped. Raises NotReady.
     """
     settings = [f"http_options.port={free_port()}", *settings]
     options = [part for setting in settings for part in ("--set", setting)]
@@ -59,7 +63,7 @@ def free_port() -> int:
 
 def _wait_for_url(process: subprocess.Popen[str], timeout_s: float) -> str:
     assert process.stdout is not None
-    watchdog = threading.Timer(timeout_s, process.kill)  # reading a line has no timeout of its own
+    watchdog = threading.Timer(timeout_s, process.kill)  # because reading a line has no timeout
     watchdog.start()
     try:
         ready = next((line for line in process.stdout if line.startswith("ready ")), None)

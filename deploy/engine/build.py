@@ -1,4 +1,7 @@
-"""From a config to an engine: the trunk, its fabric, and for `local` the shards. Imports everything heavy."""
+"""Building an engine from a config: the trunk, the fabric and, for the fabric `local`, the shards.
+
+It imports torch and transformers, so it is itself imported late.
+"""
 
 import os
 from collections.abc import Callable, Mapping
@@ -28,7 +31,7 @@ from router.text.tokenizer import Tokenizer, eos_token_ids
 
 
 class BuiltEngine(NamedTuple):
-    """An engine that has not started. waited: its fabric's, see Fabric."""
+    """An engine that has not started. waited: the method of its fabric (see Fabric.waited)."""
 
     engine: Engine
     waited: Callable[[], Mapping[int, Waited]]
@@ -42,9 +45,11 @@ def build_engine(
     on_outputs: Callable[[list[RequestOutput]], None],
     on_lost: Callable[[StepFailed], None],
 ) -> BuiltEngine:
-    """shares_gpu: a shard is, or will be, on the same one.
+    """Load the trunk and return an engine around it.
 
-    Raises ValueError for what cannot be.
+    shares_gpu: a shard is, or will be, on the same GPU, so memory for its experts is set aside. on_outputs
+    and on_lost are called in the engine's thread. Raises ValueError for a config that this machine or model
+    cannot serve.
     """
     torch.set_num_threads(args.router.threads or os.cpu_count() or 1)
     device = default_device()
@@ -83,7 +88,7 @@ def build_engine(
 
 
 def shard_bytes(path: Path, *, num_shards: int) -> int:
-    """Of the largest shard's experts, in FP4 with a scale for every 16 weights."""
+    """Return the bytes of the largest shard's experts, in FP4 with an FP8 scale for every 16 weights."""
     with CheckpointIndex(path) as index:
         shape = index.shape
     num_experts = -(-shape.num_experts // num_shards) * len(shape.moe_layers)
@@ -91,7 +96,7 @@ def shard_bytes(path: Path, *, num_shards: int) -> int:
 
 
 def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:
-    """Raises ValueError if the wire cannot carry the largest step."""
+    """Raise ValueError if the wire cannot carry the largest step."""
     most = max_rows(hidden, wire_dtype)
     if args.router.max_batch_tokens > most:
         raise ValueError(
@@ -103,6 +108,7 @@ def _check_step(args: AppArgs, *, hidden: int, wire_dtype: torch.dtype) -> None:
 def _local(
     path: Path, experts: ExpertsConfig, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[LocalFabric, Membership]:
+    """Load all shards into this process and return a fabric over them with their membership."""
     with ExpertCheckpoint(path) as checkpoint:
         placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
         shards = [

@@ -1,4 +1,4 @@
-"""The ingress's way to the engine: an EngineClient over a Serve handle."""
+"""HandleClient: the ingress's EngineClient, which reaches the router through a Serve handle."""
 
 import asyncio
 import contextvars
@@ -22,16 +22,18 @@ logger = logging.getLogger(__name__)
 RECONNECT_S = 0.2
 MAX_RETRY_AFTER_S = 60.0
 RENEW_S = 2.0
-"""A router drops an ingress that is silent for several times as long."""
+"""Seconds between two renewals. A router drops an ingress that is silent for several times as long."""
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _Attachment:
-    """To one router. inbox: outputs by request. lost: done once this router holds nothing of ours any more.
+    """The connection of this ingress to one router.
 
-    held: the requests that it has taken and not ended. queued_s: how long the last one to run had waited.
+    name: the ingress's name for this attachment. lost: done once this router holds nothing of ours any more.
+    inbox: outputs that wait to be read, by request. held: the requests that the router has taken and not
+    ended. queued_s: how long the last request to run had waited in the router's queue.
     """
 
     name: str
@@ -49,7 +51,7 @@ class _Attachment:
             self.queued_s = output.queued_s or self.queued_s
 
     def full(self) -> QueueFull:
-        """Come again when half of the queue has gone."""
+        """Return the refusal that asks the client to come again when half of the queue has gone."""
         return QueueFull(max(1.0, min(self.queued_s / 2, MAX_RETRY_AFTER_S)))
 
     def lose(self, error: RouterLost) -> None:
@@ -59,7 +61,10 @@ class _Attachment:
 
 
 class HandleClient:
-    """One stream of outputs for all requests of this ingress. Lives in one event loop."""
+    """An EngineClient with one stream of outputs for all requests of this ingress.
+
+    Lives in one event loop.
+    """
 
     def __init__(self, router: DeploymentHandle) -> None:
         self._router = router
@@ -71,32 +76,34 @@ class HandleClient:
         self._withdrawing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Attach to the router, and again whenever it is replaced."""
+        """Attach to the router now, and again whenever it is replaced."""
         self._listener = asyncio.get_running_loop().create_task(self._listen())
 
     async def stop(self) -> None:
-        """Detach: the router cancels what it still holds for us, and need not wait for us when it is stopped."""
+        """Detach from the router, which cancels what it still holds for us and need not wait for us when it
+        stops.
+        """
         assert self._listener is not None
         self._listener.cancel()
         await asyncio.gather(self._listener, return_exceptions=True)
 
     def limits(self) -> Limits:
-        """See EngineClient."""
+        """Return the engine's limits as EngineClient says."""
         if self._limits is None:
             raise self._why_not
         return self._limits
 
     def check_room(self) -> None:
-        """See EngineClient."""
+        """Raise QueueFull or RouterLost as EngineClient says."""
         attachment = self._attached()
         if self._limits is not None and len(attachment.held) >= self._limits.max_requests:
             raise attachment.full()
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """See EngineClient."""
+        """Yield a request's outputs as EngineClient says."""
         attachment = self._attached()
         inbox = attachment.inbox[request.id] = asyncio.Queue()
-        submitting = _apart(self._submit(attachment, request))
+        submitting = _detached_task(self._submit(attachment, request))
         held = True  # by the router, as far as we know
         try:
             await asyncio.shield(submitting)
@@ -111,14 +118,14 @@ class HandleClient:
             del attachment.inbox[request.id]
             attachment.held.discard(request.id)
             if held and not _refused(submitting):
-                withdrawing = _apart(self._withdraw(attachment, request.id, submitting))
+                withdrawing = _detached_task(self._withdraw(attachment, request.id, submitting))
                 self._withdrawing.add(withdrawing)
                 withdrawing.add_done_callback(self._withdrawing.discard)
 
     async def ready(self) -> Readiness:
-        """See EngineClient."""
+        """Return the router's readiness as EngineClient says."""
         attachment = self._attached()
-        return Readiness(**await _answer(self._router.readiness.remote(), attachment))
+        return Readiness(**await _answer_or_lost(self._router.readiness.remote(), attachment))
 
     def _attached(self) -> _Attachment:
         if self._attachment is None:
@@ -126,7 +133,7 @@ class HandleClient:
         return self._attachment
 
     async def _submit(self, attachment: _Attachment, request: Request) -> None:
-        refusal: Refusal | None = await _answer(
+        refusal: Refusal | None = await _answer_or_lost(
             self._router.submit.remote(attachment.name, request), attachment
         )
         if refusal is None:
@@ -140,14 +147,16 @@ class HandleClient:
     async def _withdraw(
         self, attachment: _Attachment, request_id: str, submitting: "asyncio.Task[None]"
     ) -> None:
-        """Cancel a request that nobody reads. Once its submit is through: a cancel that overtook it would find nothing."""
+        """Cancel a request that nobody reads, after its submit has returned: a cancel that overtook it would
+        find nothing.
+        """
         await asyncio.wait([submitting])
         if not _refused(submitting) and not attachment.lost.done():
             self._router.cancel.remote([request_id])
 
     async def _listen(self) -> None:
         while True:
-            name = f"ingress-{uuid.uuid4().hex[:8]}"  # a router cancels what it held for the name before
+            name = f"ingress-{uuid.uuid4().hex[:8]}"  # new each time: a router cancels what it holds for the old name
             batches: Any = self._stream.attach.remote(name)
             try:
                 await self._take(name, batches)
@@ -162,7 +171,10 @@ class HandleClient:
             await asyncio.sleep(RECONNECT_S)
 
     async def _take(self, name: str, batches: Any) -> None:
-        """Hand outputs on until the router ends the stream. Its first item is Limits, all others are batches."""
+        """Deliver outputs until the router ends the stream.
+
+        Its first item is Limits, all others are batches.
+        """
         self._limits = await anext(batches)
         self._attachment = _Attachment(name, asyncio.get_running_loop().create_future())
         renewing = asyncio.create_task(self._renew(name))
@@ -173,7 +185,10 @@ class HandleClient:
             renewing.cancel()
 
     async def _renew(self, name: str) -> None:
-        """Tell the router that we live, which the stream does not. If it is gone, the stream will end."""
+        """Tell the router regularly that we live, which the stream does not show.
+
+        If it is gone, the stream will end.
+        """
         while True:
             await asyncio.sleep(RENEW_S)
             try:
@@ -182,22 +197,25 @@ class HandleClient:
                 logger.warning("the router did not hear that we live: %s", type(error).__name__)
 
     def _lose(self, why: str) -> None:
-        """Every request that the router held is over: its KV cache is gone."""
+        """End every request that the router held with RouterLost, because their KV cache is gone with it."""
         attachment, self._attachment = self._attachment, None
         self._why_not = RouterLost(why)
         if attachment is not None:
             attachment.lose(self._why_not)
 
 
-async def _answer(response: Awaitable[T], attachment: _Attachment) -> T:
-    """What the router answers. RouterLost if it dies first: Serve itself would wait for another one, for ever."""
+async def _answer_or_lost(response: Awaitable[T], attachment: _Attachment) -> T:
+    """Return what the router answers.
+
+    Raises RouterLost if it dies first: Serve would wait for another one for ever.
+    """
     answer = asyncio.ensure_future(response)
     try:
         await asyncio.wait({answer, attachment.lost}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise attachment.lost.result()
         return answer.result()
-    except RayTaskError:  # our bug
+    except RayTaskError:  # the router's code raised, so this is our bug
         raise
     except (RayError, RayServeException) as error:
         raise RouterLost(f"the router died ({type(error).__name__})") from error
@@ -205,8 +223,10 @@ async def _answer(response: Awaitable[T], attachment: _Attachment) -> T:
         answer.cancel()
 
 
-def _apart(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-    """A task outside the HTTP request that it is for: with a request that is cancelled, Serve cancels its calls."""
+def _detached_task(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """Start a task outside the context of the HTTP request, whose calls Serve would cancel together with the
+    request.
+    """
     return asyncio.create_task(call, context=contextvars.Context())
 
 

@@ -1,6 +1,6 @@
-"""What Prometheus can scrape from the node's Ray metrics port, each name prefixed with `ray_`.
+"""The router's metrics, which Prometheus scrapes from the node's Ray metrics port with the prefix `ray_`.
 
-Names are vLLM's where it has the same thing. deploy/grafana/sparkmoe.json shows them all.
+They have vLLM's names where it has the same metric. deploy/grafana/sparkmoe.json shows them all.
 """
 
 import time
@@ -26,7 +26,10 @@ _TOKENS = [digit * 10**zeros for zeros in range(6) for digit in (1, 2, 5)]
 
 @dataclass
 class _Answer:
-    """To a user's request. num_tokens: generated so far, the last of them at latest."""
+    """The answer to a user's request so far.
+
+    num_tokens: generated tokens, the last of them at the time `latest`.
+    """
 
     prompt_tokens: int
     began: float
@@ -35,7 +38,10 @@ class _Answer:
 
 
 class RouterMetrics:
-    """Of one router and its shards. Lives in its event loop; a step's batch of outputs is one call."""
+    """The metrics of one router and its shards.
+
+    Lives in the router's event loop; a step's outputs are one call.
+    """
 
     def __init__(self) -> None:
         self._running = Gauge("sparkmoe_num_requests_running", "Requests in the batch.")
@@ -65,15 +71,15 @@ class RouterMetrics:
         self._answers: dict[str, _Answer] = {}
 
     def submitted(self, request: Request) -> None:
+        """Count a request that the engine has taken."""
         now = time.monotonic()
         self._prompt.inc(len(request.prompt))
         self._answers[request.id] = _Answer(len(request.prompt), began=now, latest=now)
 
     def delivered(self, outputs: Sequence[RequestOutput]) -> None:
+        """Count a step's outputs. Those of our own readiness probes are left out."""
         now = time.monotonic()
-        users = [
-            output for output in outputs if output.id in self._answers
-        ]  # the others are of our own probes
+        users = [output for output in outputs if output.id in self._answers]
         num_tokens = sum(len(output.tokens) for output in users)
         if num_tokens:
             self._generated.inc(num_tokens)
@@ -90,7 +96,10 @@ class RouterMetrics:
                 self.ended(output.id, output.finish)
 
     def ended(self, request_id: str, reason: FinishReason) -> None:
-        """Also of a request that was cancelled, of which no output tells. Unknown ids are ignored."""
+        """Count the end of a request. Unknown ids are ignored.
+
+        The router calls it for a request that was cancelled, for which no output comes.
+        """
         if answer := self._answers.pop(request_id, None):
             self._success.inc(tags={"finished_reason": reason})
             self._prompt_length.observe(answer.prompt_tokens)
@@ -104,7 +113,12 @@ class RouterMetrics:
         *,
         num_shards: int,
     ) -> None:
-        """shards: those that answer; the gauges of one that does not stay as they are while there are so many shards."""
+        """Set the gauges, and add to the counters what the engine and its shards have counted since the last
+        call.
+
+        shards: those that answer. The gauges of a shard that does not answer stay as they are, as long as its
+        rank is below num_shards.
+        """
         self._running.set(status.num_running)
         self._waiting.set(status.num_waiting)
         self._kv_usage.set(1 - status.num_free_blocks / status.num_blocks)
@@ -116,7 +130,7 @@ class RouterMetrics:
 
 
 class _ShardMetrics:
-    """Of every rank, by the tag `rank`."""
+    """The metrics of every shard, by the tag `rank`."""
 
     def __init__(self) -> None:
         self._resident = Gauge("sparkmoe_shard_resident_bytes", "Memory of its process.", ("rank",))
@@ -136,7 +150,7 @@ class _ShardMetrics:
             ),
         }
         self._growth = _Growth({})
-        self._num_shards = 0  # the most there have been
+        self._num_shards = 0  # the most that there have been
 
     def snapshot(
         self, shards: Sequence[ShardStats], waited: "Mapping[int, Waited]", *, num_shards: int
@@ -150,7 +164,7 @@ class _ShardMetrics:
         self._count(self._of_waited, waited)
 
     def _count(self, counters: Mapping[str, Counter], found: "Mapping[int, ShardStats | Waited]") -> None:
-        """found: by rank, objects with the attributes that are counted."""
+        """Add to the counters what grew. found: by rank, the objects whose attributes are counted."""
         for name, counter in counters.items():
             for rank, numbers in found.items():
                 tags = {"rank": str(rank)}
@@ -161,7 +175,9 @@ class _ShardMetrics:
 
 
 class _Growth:
-    """By how much numbers that count from the start of something grew, so that counters outlive its replacement."""
+    """The growth of numbers that count from the start of a process, so that counters go on when it is
+    replaced.
+    """
 
     def __init__(self, before: Mapping[Hashable, float]) -> None:
         self._before = dict(before)
@@ -170,7 +186,10 @@ class _Growth:
         return key in self._before
 
     def of(self, key: Hashable, number: float) -> float:
-        """Since the last call for this key: nothing at the first, and all if it is lower, for then it began anew."""
+        """Return by how much a number grew since the last call for this key.
+
+        The first call returns 0. A number lower than before began anew and counts whole.
+        """
         before = self._before.get(key, number)
         self._before[key] = number
         return number - before if number >= before else number

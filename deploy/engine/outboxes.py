@@ -1,4 +1,4 @@
-"""Outboxes: which outputs an ingress has yet to fetch, and whether it still comes for them."""
+"""Outboxes: the outputs that each ingress has yet to fetch, and whether it still fetches them."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ MAX_SILENT_TICKS = 10
 
 @dataclass(eq=False)
 class _Outbox:
-    """Of one ingress. None in the queue: it was dropped."""
+    """The outputs that wait for one ingress. None in the queue ends its stream."""
 
     batches: asyncio.Queue[list[RequestOutput] | None] = field(default_factory=asyncio.Queue)
     requests: set[str] = field(default_factory=set)
@@ -23,10 +23,13 @@ class _Outbox:
 
 
 class Outboxes:
-    """One for each ingress, by name. Lives in one event loop."""
+    """The outboxes of all ingresses, by name.
+
+    Lives in one event loop; its length is the number of running requests.
+    """
 
     def __init__(self, *, on_abandoned: Callable[[str], None]) -> None:
-        """on_abandoned: told the id of every unfinished request whose ingress has gone."""
+        """on_abandoned: called with the id of every unfinished request whose ingress has gone."""
         self._on_abandoned = on_abandoned
         self._boxes: dict[str, _Outbox] = {}
         self._owner: dict[str, str] = {}  # ingress, by request
@@ -35,14 +38,15 @@ class Outboxes:
         return ingress in self._boxes
 
     def __len__(self) -> int:
-        """Requests whose last output has not come."""
+        """Return the number of requests whose last output has not come."""
         return len(self._owner)
 
     def open(self, ingress: str) -> None:
+        """Start collecting outputs for an ingress."""
         self._boxes[ingress] = _Outbox()
 
     def close(self, ingress: str) -> None:
-        """Its requests are abandoned, and `next` gives None. Unknown names are ignored."""
+        """Drop an ingress: its requests are abandoned, and `next` returns None. Unknown names are ignored."""
         box = self._boxes.pop(ingress, None)
         if box is None:
             return
@@ -52,15 +56,15 @@ class Outboxes:
             self._on_abandoned(request_id)
 
     def renew(self, ingress: str) -> None:
-        """The ingress lives. Unknown names are ignored."""
+        """Note that the ingress lives. Unknown names are ignored."""
         if box := self._boxes.get(ingress):
             box.silent_ticks = 0
 
     async def close_silent(self) -> None:
-        """For ever: close the boxes of ingresses that have not renewed for MAX_SILENT_TICKS.
+        """Close, until cancelled, the outboxes of ingresses that have not renewed for MAX_SILENT_TICKS.
 
-        Serve does not tell when the process that reads a stream dies. Silence is counted, not timed: if our own
-        process stood still, nobody else was silent.
+        Serve does not tell when the process that reads a stream dies. Silence is counted in ticks and not
+        timed, so that an ingress does not count as silent while our own process stood still.
         """
         while True:
             await asyncio.sleep(TICK_S)
@@ -74,12 +78,12 @@ class Outboxes:
                     self.close(ingress)
 
     def add(self, ingress: str, request_id: str) -> None:
-        """Outputs of this request go to that ingress, until one has a finish."""
+        """Send the outputs of this request to that ingress, until one has a finish."""
         self._owner[request_id] = ingress
         self._boxes[ingress].requests.add(request_id)
 
     def remove(self, request_id: str) -> bool:
-        """Whether its outputs still had somewhere to go; now they have not."""
+        """Stop sending the outputs of a request anywhere. Returns False if they went nowhere already."""
         ingress = self._owner.pop(request_id, None)
         if ingress is None:
             return False
@@ -87,7 +91,7 @@ class Outboxes:
         return True
 
     def put(self, outputs: Sequence[RequestOutput]) -> None:
-        """A step's outputs. Those of requests that were removed go nowhere."""
+        """Sort a step's outputs into the outboxes. Those of requests that were removed are dropped."""
         batches: dict[str, list[RequestOutput]] = {}
         for output in outputs:
             if ingress := self._owner.get(output.id):
@@ -98,7 +102,10 @@ class Outboxes:
             self._boxes[ingress].batches.put_nowait(batch)
 
     async def next(self, ingress: str) -> list[RequestOutput] | None:
-        """All that is there, at least one output: a slow ingress gets fewer, larger batches. None once it is closed."""
+        """Wait for outputs and return all that there are, None once the ingress is dropped.
+
+        A slow ingress so gets fewer, larger batches.
+        """
         box = self._boxes.get(ingress)
         batch = await box.batches.get() if box else None
         while batch is not None and box is not None and not box.batches.empty():

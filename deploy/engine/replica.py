@@ -1,7 +1,7 @@
-"""RouterReplica: what runs in the Serve deployment `Router`. It holds the engine.
+"""RouterReplica: the class of the Serve deployment `Router`, which holds the engine.
 
-An ingress hands a request in by `submit`, and one `attach` stream carries the outputs of all of its requests back, a
-batch per engine step: a stream per request would cost a Ray message for every token.
+An ingress hands requests in by `submit`, and one `attach` stream carries the outputs of all of them back, in
+a batch per engine step: a stream per request would cost a Ray message for every token.
 """
 
 import asyncio
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROBE_S = 3.0
-"""How long a readiness probe's decode step may take."""
+"""Seconds that a readiness probe's decode step may take."""
 
 MEASURE_S = 5.0
+"""Seconds between two updates of the gauges, as often as Ray exports them."""
 
 DRAIN_POLL_S = 0.05
 
@@ -46,10 +47,16 @@ T = TypeVar("T")
 
 
 class RouterReplica:
-    """One engine and its thread. Everything here runs in the replica's event loop, which never waits for a step."""
+    """A Serve replica with one engine.
+
+    All methods run in the replica's event loop, which never waits for a step.
+    """
 
     def __init__(self, args: AppArgs) -> None:
-        """Light: the engine is built when `reconfigure` has said what the shards shall be, while they load."""
+        """Build everything but the engine, which `reconfigure` builds, while the shards load.
+
+        It needs the user_config first, which says what the shards shall be.
+        """
         logs.configure(args.api.log_format)
         self._args = args
         self._outboxes = Outboxes(on_abandoned=self._abandon)
@@ -59,7 +66,7 @@ class RouterReplica:
         self._engine: Engine | None = None
         self._waited: Callable[[], Mapping[int, Waited]] = dict
         self._experts: ExpertsConfig | None = None
-        self._refused = ""  # why the newest user_config is not in force
+        self._refused = ""  # why the newest user_config is refused, "" if it is not
         self._members: Membership | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -75,10 +82,12 @@ class RouterReplica:
             )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls it once before the replica is healthy and again whenever `user_config` changes.
+        """Adopt the deployment's `user_config`. Serve calls this before the replica is healthy and after
+        every change.
 
-        If a running router raised, Serve would stop it, and every request with it: it refuses a bad config instead,
-        which stays in /ready until a good one comes. The first one raises.
+        The first call raises ValueError for a bad config. A later one must not, for Serve would stop the
+        router and every request with it: the bad config is refused, and /ready says so until a good one
+        comes.
         """
         try:
             experts = RouterUserConfig.model_validate(user_config).experts
@@ -94,9 +103,10 @@ class RouterReplica:
     # For ingresses
 
     async def attach(self, ingress: str) -> AsyncGenerator[Limits | list[RequestOutput], None]:
-        """The engine's limits, then the outputs of this ingress's requests, for as long as it listens and renews.
+        """Yield the engine's limits, then batches of outputs of this ingress's requests, while it listens and
+        renews.
 
-        When the stream ends its requests are cancelled: nobody would read their tokens.
+        When the stream ends, its requests are cancelled: nobody would read their tokens.
         """
         assert self._engine is not None
         router = self._args.router
@@ -109,19 +119,20 @@ class RouterReplica:
             self._outboxes.close(ingress)
 
     async def renew(self, ingress: str) -> None:
-        """It lives. An attached ingress must say so every few seconds."""
+        """Note that an attached ingress lives, which it must tell every few seconds."""
         self._outboxes.renew(ingress)
 
     async def submit(self, ingress: str, request: Request) -> Refusal | None:
-        """None if the request is queued."""
+        """Queue a request. Returns None if it is queued, else why it is refused."""
         assert self._engine is not None
         if self._draining:
             return Refusal("draining", "the server is stopping")
         prepare = self._engine.prepare
-        apart = request.params.grammar is not None  # it may take a second, in which others' tokens go on
+        # A grammar may take a second to compile, in which other requests' tokens go on.
+        in_thread = request.params.grammar is not None
         try:
-            prepared = await asyncio.to_thread(prepare, request) if apart else prepare(request)
-            if ingress not in self._outboxes:  # it attached to a router before this one
+            prepared = await asyncio.to_thread(prepare, request) if in_thread else prepare(request)
+            if ingress not in self._outboxes:  # it attached to an earlier router, or was dropped
                 return Refusal("lost", "the router was replaced, or did not hear from this ingress")
             self._engine.submit(prepared)
         except QueueFull:
@@ -133,12 +144,15 @@ class RouterReplica:
         return None
 
     async def cancel(self, request_ids: list[str]) -> None:
+        """Cancel requests. Unknown ids are ignored."""
         for request_id in request_ids:
             if self._outboxes.remove(request_id):
                 self._abandon(request_id)
 
     async def drain(self) -> None:
-        """No request is taken any more. Returns when those that run have ended; after router.drain_s they have to."""
+        """Refuse new requests, and return when those that run have ended; after router.drain_s they are made
+        to end.
+        """
         assert self._engine is not None
         self._draining = True
         ends = time.monotonic() + self._args.router.drain_s
@@ -148,9 +162,11 @@ class RouterReplica:
         logger.info("drained; %d requests had to end", len(self._outboxes))
 
     async def readiness(self) -> dict[str, Any]:
-        """Whether a decode step went through every shard within router.ready_within_s; makes one if none did.
+        """Return whether a decode step went through every shard within router.ready_within_s; if none did,
+        make one.
 
-        The Fleet may be away: what it says is detail, and the reason where a step does not go through.
+        The result has the fields of deploy.api.engine_client.Readiness. The Fleet need not answer: what it
+        says is only detail, and the cause where a step does not go through.
         """
         assert self._engine is not None
         overview = await self._fleet.overview() if self._fleet is not None else None
@@ -173,15 +189,21 @@ class RouterReplica:
         return {"ready": not reason, "reason": reason, "detail": detail}
 
     def check_health(self) -> None:
-        """Blind to shards: Serve would restart the router, and lose every request, for a shard's death."""
+        """Raise RuntimeError if the engine's thread has died; Serve then restarts this replica.
+
+        Shards do not count: for the death of one, Serve would restart the router and lose every request.
+        """
         if self._engine is not None and not self._engine.is_alive():
             raise RuntimeError("the engine's thread has died; its log says why")
 
-    async def __del__(self) -> None:  # Serve awaits it when it stops a replica in order
+    async def __del__(self) -> None:  # Serve awaits this when it stops a replica in order
         await self.stop()
 
     async def stop(self) -> None:
-        """Leave the Fleet, then end the engine: links that it closes itself are no lost shards."""
+        """Leave the Fleet, then stop the engine.
+
+        In this order, the links that the engine closes are no lost shards.
+        """
         self._stopping = True
         for task in self._tasks:
             task.cancel()
@@ -195,7 +217,10 @@ class RouterReplica:
     # The engine
 
     async def _adopt_experts(self, experts: ExpertsConfig) -> None:
-        """Raises ValueError for what this router cannot do."""
+        """Make the Fleet, and at first the engine, as `experts` says.
+
+        Raises ValueError for what this router cannot do.
+        """
         if self._fleet is not None:
             await self._fleet.want(_fleet_spec(serve.get_replica_context().app_name, self._args, experts))
         elif self._engine is not None and experts != self._experts:
@@ -205,7 +230,7 @@ class RouterReplica:
         self._experts = experts
 
     async def _start_engine(self, experts: ExpertsConfig) -> None:
-        # Here, because torch and transformers take seconds that building the application need not wait.
+        # Imported here, because torch and transformers take seconds, for which building the application need not wait.
         from deploy.engine.build import build_engine
 
         loop = asyncio.get_running_loop()
@@ -237,7 +262,7 @@ class RouterReplica:
             self._engine.adopt(members)
 
     async def _measure(self) -> None:
-        """Gauges for Prometheus, as often as Ray exports them."""
+        """Update the metrics every MEASURE_S seconds, until cancelled."""
         assert self._engine is not None
         while True:
             await asyncio.sleep(MEASURE_S)
@@ -249,7 +274,7 @@ class RouterReplica:
                     self._waited(),
                     num_shards=len(self._members.shards) if self._members else 0,
                 )
-            except Exception:  # one failure must not stop all gauges for good
+            except Exception:  # one failure must not stop the gauges for good
                 logger.exception("the gauges are not up to date")
 
     # What the engine's thread hands to the loop
@@ -266,13 +291,13 @@ class RouterReplica:
             self._fleet.report_lost(loss)
 
     def _abandon(self, request_id: str) -> None:
-        """Nobody reads its outputs any more."""
+        """Cancel a request whose outputs nobody reads any more."""
         assert self._engine is not None
         self._engine.cancel(request_id)
         self._metrics.ended(request_id, "cancelled")
 
     async def _why_no_step(self, *, recent_is_enough: bool) -> str:
-        """Why a decode step does not go through every shard; "" if one does, or did not long ago."""
+        """Return why a decode step does not go through every shard, "" if one does, or did not long ago."""
         assert self._engine is not None
         if self._draining:
             return "the server is stopping"
@@ -285,7 +310,7 @@ class RouterReplica:
         return await self._probe()
 
     async def _probe(self) -> str:
-        """Decode one token through every shard; the reason if that fails."""
+        """Decode one token through every shard; return why that fails, "" if it does not."""
         assert self._engine is not None
         request = Request(f"probe-{time.monotonic_ns()}", (0,), SamplingParams(max_tokens=1, temperature=0))
         answer = self._probes[request.id] = asyncio.get_running_loop().create_future()
@@ -322,11 +347,14 @@ def _fleet_spec(app: str, args: AppArgs, experts: ExpertsConfig) -> FleetSpec:
 
 
 def _num_gpus() -> float:
-    """Reserved for this process: less than one, and Ray may put a shard beside it."""
+    """Return the GPUs that Ray reserves for this process.
+
+    If that is less than one, Ray may put a shard beside it.
+    """
     return ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
 
 
 def _metrics_port() -> int:
-    """Where this node's Ray serves metrics."""
+    """Return the port on which this node's Ray serves metrics."""
     here = ray.get_runtime_context().get_node_id()
     return next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here)

@@ -1,1 +1,1 @@
-"""Who keeps the expert shards alive: the Fleet, its keepers, and the actors of the shards."""
+"""The Fleet, which keeps the expert shards alive, its keepers, and the actors of the shards."""

@@ -1,4 +1,7 @@
-"""FleetClient: a router's side of the Fleet. Holds the lease, hears of new memberships, tells of lost shards."""
+"""FleetClient: a router's client of the Fleet.
+
+It holds the lease, follows the membership and reports lost shards.
+"""
 
 import asyncio
 import contextlib
@@ -19,23 +22,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 30.0
-"""Of the Fleet for a new membership, and so the longest that a dead Fleet goes unnoticed by it."""
+"""Seconds of one long poll for a new membership.
+
+The poll notices a dead Fleet after twice as long at the latest.
+"""
 
 RENEW_S = 2.0
-"""Between two renewals, and so the longest that a restarted Fleet does not know what we want."""
+"""Seconds between two renewals of the lease, and so the longest that a restarted Fleet does not know what we
+want.
+"""
 
 REFUSED_S = 10.0
-"""Before a refused spec is offered again: its checkpoint may be mounted late."""
+"""Seconds before a refused spec is offered again: its checkpoint may be mounted late."""
 
 RETRY_S = 1.0
 OVERVIEW_S = 1.5
 
 LAST_WILL_S = 15.0
-"""The lease that a router leaves when it is stopped in order: a redeployed one takes the shards over in time."""
+"""Seconds of the lease that a router leaves when it is stopped in order, so that a redeployed one finds the
+shards.
+"""
 
 
 class FleetClient:
-    """Lives in the replica's event loop. on_members: called there with every new membership."""
+    """A router's client of the Fleet. It lives in the replica's event loop and calls on_members there with
+    every new membership.
+    """
 
     def __init__(
         self,
@@ -50,17 +62,20 @@ class FleetClient:
         self._router = router
         self._lease_s = lease_s
         self._log_format: LogFormat = log_format
-        self._patience_s = lease_s / 2  # with a call of _hold_lease, or the lease would lapse meanwhile
+        self._patience_s = lease_s / 2  # for a call of _hold_lease, or the lease would lapse meanwhile
         self._on_members = on_members
         self._spec: FleetSpec | None = None
         self._accepted: FleetSpec | None = None
         self._changed = asyncio.Event()
         self._handle: Any = None
-        self._in_doubt = False  # whether the handle's Fleet lives
+        self._in_doubt = False  # whether the Fleet of the handle may be dead
         self._tasks: list[asyncio.Task[None]] = []
 
     async def want(self, spec: FleetSpec) -> None:
-        """The fleet shall be so, from now on. If the Fleet refuses it, what runs goes on and `overview` says why."""
+        """Ask, from now on, for a fleet of this spec.
+
+        If the Fleet refuses it, what runs goes on and `overview` says why.
+        """
         self._spec = spec
         self._changed.set()
         self._tasks = self._tasks or [
@@ -69,12 +84,18 @@ class FleetClient:
         ]
 
     def report_lost(self, loss: "StepFailed") -> None:
-        """Starts no Fleet. A dead one need not hear of it: the next begins with a new epoch, in which we lose them again."""
+        """Tell the Fleet which shards were lost, if there is a Fleet; none is started for it.
+
+        A dead Fleet need not hear of it: the next begins with a new epoch, in which we lose the same shards
+        again.
+        """
         if self._handle is not None:
             self._handle.report_lost.remote(self._router, loss.epoch, loss.ranks)
 
     async def overview(self) -> FleetOverview | None:
-        """None while the Fleet is being restarted."""
+        """Return what the Fleet says of its shards, None while it does not answer, as when it is being
+        restarted.
+        """
         if self._handle is None:
             return None
         try:
@@ -83,7 +104,10 @@ class FleetClient:
             return None
 
     async def leave(self) -> None:
-        """Stop renewing; the shards stay for a router that comes within LAST_WILL_S. No call hereafter does a thing."""
+        """Stop renewing; the shards stay for a router that comes within LAST_WILL_S.
+
+        Calls after this one do nothing.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -93,7 +117,7 @@ class FleetClient:
                 await within(RETRY_S, handle.renew.remote(self._router, ttl_s=LAST_WILL_S))
 
     async def _hold_lease(self) -> None:
-        """Renew for as long as we live, and tell the Fleet what we want until it has accepted that."""
+        """Renew the lease until cancelled, and tell the Fleet what we want until it has accepted that."""
         while True:
             self._changed.clear()
             try:
@@ -110,7 +134,7 @@ class FleetClient:
                 await within(pause_s, self._changed.wait())
 
     async def _reconcile(self) -> str:
-        """Why the Fleet refuses to be as we want, "" if it does not."""
+        """Tell the Fleet what we want. Returns why it refuses that, "" if it does not."""
         spec, self._accepted = self._spec, None
         refused = await within(self._patience_s, self._fleet().reconcile.remote(spec))
         if refused:
@@ -120,6 +144,7 @@ class FleetClient:
         return refused
 
     async def _follow_epochs(self) -> None:
+        """Poll for new memberships until cancelled."""
         epoch, names = 0, ()
         while True:
             try:
@@ -138,7 +163,10 @@ class FleetClient:
         await asyncio.sleep(RETRY_S)
 
     def _fleet(self) -> Any:
-        """The application's Fleet, started if there is none. The handle outlives restarts of the Fleet."""
+        """Return the handle of the application's Fleet, which is started if there is none.
+
+        The handle stays good when Ray restarts the Fleet.
+        """
         if self._handle is None or self._in_doubt:
             self._handle = start_fleet(self._app, lease_s=self._lease_s, log_format=self._log_format)
             self._in_doubt = False
@@ -146,10 +174,11 @@ class FleetClient:
 
 
 def start_fleet(app: str, *, lease_s: float, log_format: LogFormat) -> Any:
-    """Ray's proxy of the one Fleet of an application, which may be running already, with what it was started with."""
-    from deploy.fleet.fleet import (
-        Fleet,  # reads checkpoints, for which building the application need not wait
-    )
+    """Return Ray's handle of an application's one Fleet, which is started with these arguments unless it runs
+    already.
+    """
+    # Imported here, because it imports what reads checkpoints, for which building the application need not wait.
+    from deploy.fleet.fleet import Fleet
 
     return (
         ray.remote(Fleet)

@@ -1,4 +1,6 @@
-"""Epochs: the newest membership, and the routers that wait for the next one."""
+"""Epochs: publishes memberships of the expert shards, each with a higher epoch, to the routers that wait for
+one.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -9,9 +11,11 @@ from experts.placement import ExpertPlacement
 
 
 class Epochs:
-    """Epochs only rise, also above those that shards or routers remember of a Fleet before this one.
+    """The newest membership, and the routers that wait for the next one.
 
-    on_publish: called with every new membership.
+    An epoch is always higher than all before it, also than those that shards or routers remember of an
+    earlier Fleet. members: the newest membership, None if there is none. on_publish: called with every new
+    membership.
     """
 
     def __init__(self, *, on_publish: Callable[[Membership], None]) -> None:
@@ -21,23 +25,24 @@ class Epochs:
         self._published = asyncio.Condition()
 
     def remember(self, epoch: int) -> None:
-        """The next epoch will be above this one."""
+        """Make the next epoch higher than this one."""
         self._newest = max(self._newest, epoch)
 
     async def publish(self, shards: Sequence[ShardAddress], placement: ExpertPlacement) -> None:
-        """A new epoch, unless these are the members already."""
+        """Publish a membership of these shards under a new epoch, unless they are the members already."""
         if self.members is None or self.members.shards != tuple(shards):
             await self._publish(Membership(self._newest + 1, tuple(shards), placement))
 
     def withdraw(self) -> None:
-        """There is no membership until the next is published."""
+        """Withdraw the membership: there is none until the next is published."""
         self.members = None
 
     async def next(self, *, after: int, names: Sequence[str], timeout_s: float) -> Membership | None:
-        """A membership of an epoch above `after`, once there is one; None when the time is up.
+        """Wait for a membership of an epoch above `after` and return it; return None when the time is up.
 
-        names: of the shards that the asking router has in epoch `after`. If it is not behind, and yet has others than
-        the members, it has them of a Fleet before this one: the members are published anew, above its epoch.
+        names: the names of the shards that the asking router has in epoch `after`. If the router is not
+        behind, and yet has other shards than the members, it has them from an earlier Fleet: the members are
+        published anew, above its epoch.
         """
         self.remember(after)
         if self.members is not None and _contradict(self.members, after, names):
@@ -60,5 +65,6 @@ class Epochs:
 
 
 def _contradict(members: Membership, after: int, names: Sequence[str]) -> bool:
+    """Return whether a router in epoch `after` is not behind the members and yet has other shards."""
     same = members.epoch == after and [shard.name for shard in members.shards] == list(names)
     return members.epoch <= after and not same

@@ -1,7 +1,8 @@
-"""Fleet: keeps the expert shards alive, and is the only writer of epochs.
+"""Fleet: the actor that keeps the expert shards alive, and the only writer of epochs.
 
-A detached named actor. It dies with its last lease; if it is killed, Ray restarts it and it learns the shards that
-live from themselves. Every rank has a Keeper, which starts a shard, waits until it is gone, and starts another.
+It is a detached named Ray actor, which ends when its last lease lapses. If it is killed, Ray restarts it, and
+it asks the shards that live what they are. Every rank has a Keeper, which starts a shard, waits until it is
+gone, and starts another.
 """
 
 import asyncio
@@ -31,19 +32,25 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 
 DESCRIBE_S = 10.0
-"""A shard that does not say by then what it is cannot be taken over."""
+"""Seconds within which a shard must say what it is, or it cannot be taken over."""
 
-NOBODY = ""
-"""Holds the first lease, until a router comes."""
+FIRST_LEASE = ""
+"""The name of the holder of the first lease, which counts until a router comes."""
 
 
 class Fleet:
-    """All methods run in one event loop; nothing here is on the path of a token."""
+    """The keeper of an application's shards.
+
+    All methods run in one event loop; none is on the path of a token.
+    """
 
     def __init__(
         self, app: str, *, lease_s: float, log_format: LogFormat = "text", shards: RayShards | None = None
     ) -> None:
-        """In that event loop. lease_s: how long it waits for its first router, also when it is restarted."""
+        """Called in that event loop.
+
+        lease_s: how long it waits for its first router, also when it is restarted.
+        """
         logs.configure(log_format)
         self._app = app
         self._shards = shards or RayShards(app)
@@ -55,15 +62,16 @@ class Fleet:
         self._recovered = False
         self._one_recovery = asyncio.Lock()
         self._one_change = asyncio.Lock()
-        self._leases = {NOBODY: time.monotonic() + lease_s}
+        self._leases = {FIRST_LEASE: time.monotonic() + lease_s}
         self._watchdog = asyncio.get_running_loop().create_task(self._watch_leases())
 
     # Called by routers
 
     async def reconcile(self, want: FleetSpec) -> str:
-        """Make the fleet as `want` says; a changed spec replaces every shard, and requests wait for the new ones.
+        """Make the fleet as the spec says; a changed spec replaces every shard, and requests wait for the new
+        ones.
 
-        Returns "", or why the spec is refused: then what runs stays as it is.
+        Returns "", or why the spec is refused; what runs then stays as it is.
         """
         await self._recover()
         async with self._one_change:
@@ -83,12 +91,14 @@ class Fleet:
     async def next_membership(
         self, *, after: int, names: Sequence[str], timeout_s: float
     ) -> Membership | None:
-        """Long poll: a membership that the router does not have; None when the time is up. See Epochs.next."""
+        """Return a membership that the router does not have yet, None when the time is up: a long poll, see
+        Epochs.next.
+        """
         await self._recover()
         return await self._epochs.next(after=after, names=names, timeout_s=timeout_s)
 
     async def report_lost(self, router: str, epoch: int, ranks: Sequence[int]) -> None:
-        """A router lost its link to these shards of this epoch: they are replaced, hung or dead."""
+        """Replace the shards of this epoch to which a router lost its link, whether they hang or are dead."""
         members = self._epochs.members
         if members is None or epoch != members.epoch:
             return
@@ -101,17 +111,20 @@ class Fleet:
                 shard.lost.set()
 
     async def renew(self, router: str, *, ttl_s: float) -> bool:
-        """Keep the fleet for this long. False: this Fleet does not know the router (it was restarted)."""
+        """Keep the fleet for this long.
+
+        Returns False if this Fleet, having been restarted, does not know the router.
+        """
         known = router in self._leases
         self._leases[router] = time.monotonic() + ttl_s
-        self._leases.pop(NOBODY, None)
+        self._leases.pop(FIRST_LEASE, None)
         await self._recover()
         for shard in self._living():
             shard.handle.renew.remote(self._lease_left_s())
         return known
 
     async def overview(self) -> FleetOverview:
-        """For people and metrics: the shards that answer, and why the others do not."""
+        """Return the shards that answer, and why the others do not, for people and metrics."""
         await self._recover()
         asked = [shard.handle.stats.remote() for shard in self._living() if shard.runs]
         answers = await asyncio.gather(*(within(POLL_S, one) for one in asked), return_exceptions=True)
@@ -126,8 +139,8 @@ class Fleet:
         )
 
     async def shutdown(self) -> None:
-        """Stop every shard, also of other Fleets, then this actor: the call ends with its death."""
-        self._leases.clear()  # if this fails, a router that comes must say anew what it wants
+        """Stop every shard, also those of earlier Fleets, then this actor: the call ends with its death."""
+        self._leases.clear()  # so that if this fails, a router that comes must say anew what it wants
         await self._stop_keepers()
         for handle in (await self._shards.find()).values():
             self._shards.kill(handle)
@@ -160,7 +173,7 @@ class Fleet:
         return [shard.seat for shard in self._living()]
 
     async def _publish_if_complete(self) -> None:
-        """A new epoch, if every rank has a shard that listens and one of them is new."""
+        """Publish a new epoch if every rank has a shard that listens and one of them is new."""
         assert self._placement is not None
         addresses = [shard.address for shard in self._living() if shard.address is not None]
         if len(addresses) == self._placement.num_ranks:
@@ -175,7 +188,10 @@ class Fleet:
     # Life and death of the Fleet itself
 
     async def _recover(self) -> None:
-        """Once: take over the shards that a Fleet before this one left. If that fails, the next call tries again."""
+        """Take over, once, the shards that an earlier Fleet left.
+
+        If that fails, the next call tries again.
+        """
         async with self._one_recovery:
             if not self._recovered:
                 await self._take_over()
@@ -202,7 +218,10 @@ class Fleet:
         self._start_keepers(one.spec, one.placement, taken)
 
     def _lease_left_s(self) -> float:
-        """The shards' lease is the longest of the routers': it ends as theirs does, whether this Fleet lives or not."""
+        """Return the seconds left of the longest of the routers' leases.
+
+        The shards are given the same, so that theirs ends with it, whether this Fleet lives or not.
+        """
         return max(0.0, max(self._leases.values(), default=0.0) - time.monotonic())
 
     async def _watch_leases(self) -> None:
@@ -213,12 +232,14 @@ class Fleet:
             logger.info("no router holds a lease of %s any more", self._app)
             try:
                 await self.shutdown()
-            except Exception:  # whatever befalls Ray, a Fleet that nobody wants must go
+            except Exception:  # whatever happens to Ray, a Fleet without a lease must end
                 logger.exception("cannot stop; trying again")
 
 
 def survivors(states: Mapping[str, ShardState]) -> dict[int, str]:
-    """The name of the shard to keep, by rank: of those that have loaded, the ones with the newest epoch's spec."""
+    """Return the name of the shard to keep, by rank: those that have loaded and have the spec of the newest
+    epoch.
+    """
     loaded = {name: state for name, state in states.items() if state.address is not None}
     if not loaded:
         return {}

@@ -1,4 +1,4 @@
-"""Keeper: one rank's life. For ever, a shard of it lives or is being started."""
+"""Keeper: sees to it that one EP rank always has a shard that lives or is being started."""
 
 import asyncio
 import logging
@@ -19,23 +19,27 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 
 PAUSES_S = (0.0, 0.0, 1.0, 5.0, 30.0)
-"""Before a rank is started again, by how often it failed in a row."""
+"""Seconds before a rank is started again, by how often it failed in a row."""
 
 STEADY_S = 60.0
-"""A shard that dies sooner after it has loaded counts as a failure: the next step may kill its successor, too."""
+"""Seconds after loading within which a shard's death counts as a failure: the next step may kill its
+successor, too.
+"""
 
 SLOW_START_S = 5.0
-"""Ray needs a second or two for a process: if it takes longer, a person may want to know."""
+"""Seconds after which the log says that Ray has not started a process; it usually takes one or two."""
 
 START_LIMIT_S = 60.0
-"""A process that Ray has not started by then is looked for another node: what was free may have been taken."""
+"""Seconds after which another node is chosen for a process that Ray has not started: what was free may be
+taken.
+"""
 
 
 class Keeper:
-    """A task of the Fleet's event loop. shard: what it has of its rank now, or is starting.
+    """The task, in the Fleet's event loop, that keeps a shard of one rank running.
 
-    problem: a sentence why the rank has no shard that serves, "" if it has one. hopeless: what of it only a user can
-    mend, "" if nothing.
+    shard: the shard that it has now or is starting, None if there is none. problem: a sentence why the rank
+    has no shard that serves, "" if it has one. hopeless: the cause, if only a user can mend it, else "".
     """
 
     def __init__(
@@ -48,7 +52,10 @@ class Keeper:
         on_loaded: Callable[[], Awaitable[None]],
         shard: Shard | None,
     ) -> None:
-        """seats: of all shards of the fleet. shard: one that a Fleet before this one left."""
+        """seats: returns the seats of all shards of the fleet.
+
+        shard: one that an earlier Fleet left, None to start one.
+        """
         self.shard = shard
         self.hopeless = ""
         self._trouble = ""
@@ -62,12 +69,13 @@ class Keeper:
 
     @property
     def problem(self) -> str:
+        """Return why the rank has no shard that serves, "" if it has one."""
         if self._waits_for:
             return f"shard {self._rank} waits for {self._waits_for}"
         return self._trouble and f"shard {self._rank} {self._trouble}"
 
     async def stop(self) -> None:
-        """For good; kills the shard."""
+        """Stop for good, and kill the shard."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._drop()
@@ -78,7 +86,7 @@ class Keeper:
             try:
                 shard = self.shard or await self._create()
                 shard.address = shard.address or await self._load(shard)
-            except Exception as error:  # noqa: BLE001 a keeper outlives whatever a checkpoint or a node does
+            except Exception as error:  # noqa: BLE001 a keeper outlives any fault of a checkpoint or a node
                 self._note(error)
                 num_failures += 1
             else:
@@ -92,7 +100,7 @@ class Keeper:
             await asyncio.sleep(PAUSES_S[min(num_failures, len(PAUSES_S) - 1)])
 
     async def _create(self) -> Shard:
-        """A process on a node with room, as soon as there is one."""
+        """Start a shard on a node with room, as soon as there is one; return it when its process runs."""
         while True:
             nodes = await self._shards.nodes()
             resources = needs(nodes, dict(self._spec.resources))
@@ -111,6 +119,7 @@ class Keeper:
             await asyncio.sleep(POLL_S)
 
     async def _until_started(self, shard: Shard) -> None:
+        """Wait until Ray has started a shard's process. Raises TimeoutError after START_LIMIT_S."""
         node = shard.seat.node
         self._waits_for = ""
         started = asyncio.ensure_future(shard.handle.describe.remote())  # any call waits for the process
@@ -128,6 +137,10 @@ class Keeper:
         shard.seat = Seat(node)  # from here on, Ray's own numbers count it
 
     async def _load(self, shard: Shard) -> ShardAddress:
+        """Have a shard load its experts; return where it listens.
+
+        Raises ValueError if that takes too long.
+        """
         try:
             return await within(self._spec.start_timeout_s, shard.handle.load.remote())
         except TimeoutError:
@@ -146,12 +159,14 @@ class Keeper:
 
 
 def failures(before: int, *, lived_s: float) -> int:
-    """In a row, after a shard that had loaded has died."""
+    """Return the number of failures in a row, after a shard has died that had loaded."""
     return before + 1 if lived_s < STEADY_S else 0
 
 
 async def _until_gone(shard: Shard) -> str:
-    """Why: its process died (Ray tells within milliseconds) or a router cannot reach it."""
+    """Wait until a shard's process has died (Ray tells within milliseconds) or a router lost it; return
+    which.
+    """
     death = asyncio.create_task(_death(shard.handle))
     lost = asyncio.create_task(shard.lost.wait())
     try:
@@ -163,6 +178,7 @@ async def _until_gone(shard: Shard) -> str:
 
 
 async def _death(handle: Any) -> str:
+    """Wait until an actor has died; return Ray's reason."""
     try:
         await handle.until_death.remote()
     except RayError as error:

@@ -1,4 +1,4 @@
-"""On which node the next shard goes: a pure decision."""
+"""The choice of the node for the next shard, as pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,10 @@ Strategy = Literal["auto", "spread", "pack"]
 
 @dataclass(frozen=True)
 class Node:
-    """A live node. total: what Ray may reserve there. available: what it still could, as of a moment ago."""
+    """A live node.
+
+    total: the resources that Ray may reserve there. available: those still free, a moment ago.
+    """
 
     id: str
     total: Mapping[str, float]
@@ -18,14 +21,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Seat:
-    """A shard's place. left: what its node has left with the shard there; empty once Ray's own numbers know that."""
+    """The node of a shard.
+
+    left: what the node has left with the shard on it; empty once Ray's own numbers count it.
+    """
 
     node: str
     left: Mapping[str, float] = field(default_factory=dict)
 
 
 def needs(nodes: Sequence[Node], stated: Mapping[str, float]) -> dict[str, float]:
-    """What Ray reserves for a shard: as stated, else a GPU if any node has one."""
+    """Return the resources that Ray reserves for a shard: as stated, else a GPU if any node has one."""
     return dict(stated) or ({"GPU": 1.0} if any(node.total.get("GPU") for node in nodes) else {})
 
 
@@ -37,11 +43,12 @@ def choose_seat(
     strategy: Strategy,
     num_shards: int,
 ) -> Seat | None:
-    """A place for one more of `num_shards` shards, or None: then wait until a node joins or frees room.
+    """Return a seat for one more of `num_shards` shards, or None if none has room: wait until a node joins or
+    frees some.
 
-    seats: of this fleet's shards, also those that Ray has not started yet: they are what its numbers lack.
-    spread: a node without a shard. pack: the fullest node that has room. auto: spread if there are as many nodes
-    that could hold a shard as shards, else pack.
+    seats: those of this fleet's shards, including the ones that Ray has not started yet, which its numbers
+    lack. strategy: `spread` chooses a node without a shard; `pack` the fullest node that has room; `auto` is
+    spread if there are as many nodes that could hold a shard as shards, else pack.
     """
     free = {node.id: _free(node, seats) for node in nodes}
     held = {node.id: sum(seat.node == node.id for seat in seats) for node in nodes}
@@ -58,7 +65,9 @@ def choose_seat(
 
 
 def _free(node: Node, seats: Sequence[Seat]) -> dict[str, float]:
-    """Ray's number, unless a shard that it may not have counted yet will leave less."""
+    """Return what a node has free: Ray's number, unless a shard that Ray may not have counted yet will leave
+    less.
+    """
     mine = [seat.left for seat in seats if seat.node == node.id]
     return {
         key: min([room, *(left[key] for left in mine if key in left)]) for key, room in node.available.items()

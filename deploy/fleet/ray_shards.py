@@ -1,4 +1,4 @@
-"""RayShards: all that the Fleet asks of Ray, so that its tests need none."""
+"""RayShards: everything that the Fleet asks of Ray, behind one class so that the Fleet's tests need no Ray."""
 
 import asyncio
 import secrets
@@ -27,7 +27,7 @@ class Shard:
     rank: int
     name: str
     seat: Seat
-    handle: Any  # ray's proxy of a ShardActor; its methods are not typed
+    handle: Any  # Ray's handle of a ShardActor; its methods are not typed
     address: ShardAddress | None = None
     runs: bool = False
     lost: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,10 +40,14 @@ class RayShards:
         self._prefix = shard_prefix(app)
 
     async def nodes(self) -> list[Node]:
+        """Return the live nodes and what they have free."""
         return await asyncio.to_thread(_read_nodes)
 
     def start(self, spec: FleetSpec, rank: int, seat: Seat, resources: Mapping[str, float]) -> Shard:
-        """A detached actor. It need not run yet: its calls wait until Ray has started its process on that node."""
+        """Start a shard as a detached actor on the seat's node.
+
+        It need not run when this returns: its calls wait until Ray has started its process.
+        """
         name = f"{self._prefix}{rank}-{secrets.token_hex(4)}"
         handle = (
             ray.remote(ShardActor)
@@ -63,14 +67,15 @@ class RayShards:
         return Shard(rank, name, seat, handle)
 
     async def find(self) -> dict[str, Any]:
-        """The handle of every shard of the application, by name, whoever started it."""
+        """Return the handle of every shard of the application, by name, whichever Fleet started it."""
         return await asyncio.to_thread(_find, self._prefix)
 
     def kill(self, handle: Any) -> None:
+        """Kill a shard's process at once."""
         ray.kill(handle, no_restart=True)
 
     def exit(self) -> None:
-        """End the calling actor at once: exit_actor would wait for the routers' long polls."""
+        """End the calling actor, the Fleet, at once; Ray's exit_actor would wait for the routers' long polls."""
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
@@ -91,6 +96,6 @@ def _find(prefix: str) -> dict[str, Any]:
         if name.startswith(prefix):
             try:
                 found[name] = ray.get_actor(name, NAMESPACE)
-            except ValueError:  # it died since it was listed
+            except ValueError:  # the shard died since it was listed
                 continue
     return found

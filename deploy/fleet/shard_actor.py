@@ -1,4 +1,6 @@
-"""The process of one expert shard: a detached Ray actor that loads its experts and serves links to routers."""
+"""ShardActor: the process of one expert shard, a detached Ray actor that loads its experts and serves
+routers.
+"""
 
 import os
 import secrets
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class ShardActor:
-    """Threaded: while `load` runs, the others answer. Exits by itself when its lease, first spec.lease_s, lapses."""
+    """A Ray actor around one ExpertShard, with threads: its other methods answer while `load` runs.
+
+    It exits by itself when its lease lapses, which is spec.lease_s at first.
+    """
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
         logs.configure(spec.log_format)
@@ -42,8 +47,11 @@ class ShardActor:
         threading.Thread(target=self._exit_without_lease, name="lease", daemon=True).start()
 
     def load(self) -> ShardAddress:
-        """Read the experts and listen. Raises ValueError for a checkpoint that cannot be served."""
-        # Here, because the Fleet imports this class, and its start need not wait for torch.
+        """Load the experts and listen for routers.
+
+        Raises ValueError for a checkpoint that cannot be served.
+        """
+        # Imported here, because the Fleet imports this class, and its start need not wait for torch.
         import torch
 
         from experts.backends import KernelSettings
@@ -73,6 +81,7 @@ class ShardActor:
         return self._address
 
     def describe(self) -> ShardState:
+        """Return what a restarted Fleet has to know of this shard."""
         return ShardState(
             rank=self._rank,
             spec=self._spec,
@@ -83,7 +92,7 @@ class ShardActor:
         )
 
     def stats(self) -> ShardStats:
-        """Waits for the device."""
+        """Return the counts and the size of this shard. Waits for the device."""
         num_pairs, num_activated = self._shard.counts() if self._shard else (0, 0)
         layers = self._listener.log.total() if self._listener else Layers()
         return ShardStats(
@@ -100,16 +109,19 @@ class ShardActor:
         )
 
     def note_epoch(self, epoch: int) -> None:
-        """A restarted Fleet counts on from the highest epoch that a shard has seen."""
+        """Remember an epoch, so that a restarted Fleet counts on from the highest that a shard has seen."""
         self._epoch = max(self._epoch, epoch)
 
     def renew(self, ttl_s: float) -> None:
+        """Make the lease end ttl_s seconds from now."""
         self._lease_ends = time.monotonic() + ttl_s
 
     def until_death(self) -> None:
-        """Returns only when it is called again: who waits learns from Ray, within milliseconds, that the process is gone.
+        """Block until called again, so that the caller learns from Ray, within milliseconds, that this
+        process is gone.
 
-        A Fleet that died left a call behind, which would hold one of this actor's threads for good.
+        The next call ends this one, because a Fleet that died leaves its call behind, which would hold one of
+        this actor's threads for good.
         """
         before, self._watched = self._watched, threading.Event()
         before.set()
@@ -122,7 +134,7 @@ class ShardActor:
     def _exit_without_lease(self) -> None:
         while time.monotonic() < self._lease_ends:
             time.sleep(1.0)
-        os._exit(0)  # nobody holds this shard any more; a clean exit would wait for until_death
+        os._exit(0)  # no router wants this shard any more; a clean exit would wait for until_death
 
 
 def _resident_mib() -> float:

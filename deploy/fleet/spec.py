@@ -1,4 +1,7 @@
-"""What routers, the Fleet and its shards tell each other about themselves. Light: imports neither torch nor Ray."""
+"""The messages between routers, the Fleet and its shards, and their names in Ray.
+
+Imports neither torch nor Ray.
+"""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -12,16 +15,16 @@ if TYPE_CHECKING:
     from experts.placement import ExpertPlacement
 
 NAMESPACE = "sparkmoe"
-"""Of our named actors."""
+"""The Ray namespace of our named actors."""
 
 
 @dataclass(frozen=True)
 class FleetSpec:
-    """What a router wants of its fleet: everything that shards have in common.
+    """The fleet that a router wants: everything that its shards have in common.
 
-    dtype: of the kernel, as in the config: `auto` is for the shard to decide. resources: what Ray reserves for a shard.
-    lease_s: how long shards, and their Fleet, outlive the last word of a router. log_format: for shards that start;
-    another one is no reason to start them anew.
+    dtype: the kernel's, as in the config; with `auto` the shard decides. resources: what Ray reserves for a
+    shard. lease_s: how long shards, and their Fleet, outlive the last renewal of a router. log_format: the
+    format of shards that start; a different one is no reason to start them anew.
     """
 
     app: str
@@ -36,7 +39,7 @@ class FleetSpec:
 
 @dataclass(frozen=True)
 class ShardState:
-    """What a restarted Fleet learns from a live shard. address and placement: None while it loads."""
+    """What a live shard tells a restarted Fleet. address and placement are None while it loads."""
 
     rank: int
     spec: FleetSpec
@@ -48,10 +51,12 @@ class ShardState:
 
 @dataclass(frozen=True)
 class ShardStats:
-    """For people and metrics. loading: how far it is, None once it serves.
+    """The counts of a shard since its start, for people and metrics.
 
-    Since the start: num_pairs, (token, expert) pairs computed; num_activated, experts with a pair, of every layer's
-    forward; num_layers, forwards, of num_rows tokens, which took layer_s with the device, without the wire.
+    num_pairs: (token, expert) pairs computed. num_activated: experts with a pair, summed over every layer's
+    forward. num_layers: forwards of a layer. num_rows: their tokens. layer_s: their seconds on the device,
+    without the wire. resident_mib: memory of the process. loading: how far it has loaded, None once it
+    serves.
     """
 
     rank: int
@@ -68,9 +73,11 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class FleetOverview:
-    """shards: those that answer, also while they load. problems: by rank, a sentence why it has no shard. hopeless: what a user must mend, or nothing comes up.
+    """The state of a fleet, for people and metrics.
 
-    refused: why the newest spec was refused while an older one goes on. Both are "" if there is nothing of the kind.
+    shards: those that answer, also while they load. problems: by rank, a sentence why it has no shard that
+    serves. hopeless: what a user must mend before the fleet can come up. refused: why the newest spec was
+    refused while an older one goes on. Both are "" if there is nothing of the kind.
     """
 
     pid: int
@@ -82,17 +89,21 @@ class FleetOverview:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a router did not take a request: its queue is full, the request can never run, it came to the wrong router,
-    or the router is to stop."""
+    """The reason why a router did not take a request.
+
+    kind: `full` if its queue is full, `invalid` if the request can never run, `lost` if the ingress is not
+    attached to this router, `draining` if the router is to stop. why: a sentence.
+    """
 
     kind: Literal["full", "invalid", "lost", "draining"]
     why: str
 
 
 def fleet_name(app: str) -> str:
+    """Return the name of an application's Fleet in Ray."""
     return f"{app}-fleet"
 
 
 def shard_prefix(app: str) -> str:
-    """Every shard's name begins with it."""
+    """Return the beginning of the names of an application's shards in Ray."""
     return f"{app}-shard-"

@@ -12,12 +12,12 @@ from fastapi import FastAPI
 
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
-from deploy.api.ingress import Served
+from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
 from router.request import FinishReason, QueueFull, Request, RequestOutput, SamplingParams, TokenLogprob
 
 LIMITS = Limits(max_model_len=64, max_requests=48)
-MODEL = Served("demo", vocab_size=256, defaults=SamplingParams(temperature=0.5, top_k=40))
+MODEL = ServedModel("demo", vocab_size=256, defaults=SamplingParams(temperature=0.5, top_k=40))
 PLAIN = ApiConfig()
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -37,16 +37,16 @@ class Entry:
 _entry: ContextVar[Entry] = ContextVar("entry")
 
 
-def entry() -> Entry:
+def current_entry() -> Entry:
     """Of the request that the current task serves."""
     return _entry.get()
 
 
-async def counted(
+async def note_outputs(
     outputs: AsyncGenerator[tuple[int, RequestOutput], None], *, completion_id: str, prompt_tokens: int
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs as they are, noted in the entry of the current request. Closing it closes them."""
-    noted = entry()
+    noted = current_entry()
     noted.completion_id, noted.prompt_tokens, noted.completion_tokens = completion_id, prompt_tokens, 0
     async with aclosing(outputs):
         async for index, output in outputs:
@@ -94,7 +94,7 @@ class RequestLog:
             await self._app(scope, receive, send_with_id)
         finally:
             if self._lines and route_path(scope) not in PROBES:
-                told = {
+                fields = {
                     "method": scope["method"],
                     "path": scope["path"],
                     "status": status,
@@ -102,17 +102,17 @@ class RequestLog:
                     "complete": complete,
                     **asdict(noted),
                 }
-                logger.info("%s", sentence(told), extra={"fields": told})
+                logger.info("%s", as_text(fields), extra={"fields": fields})
 
 
-def sentence(told: dict[str, Any]) -> str:
+def as_text(fields: dict[str, Any]) -> str:
     """The fields of a line, as people read them."""
-    parts = [f"{told['method']} {told['path']} {told['status'] or '-'} in {told['seconds']:.3f} s"]
-    if not told["complete"]:
+    parts = [f"{fields['method']} {fields['path']} {fields['status'] or '-'} in {fields['seconds']:.3f} s"]
+    if not fields["complete"]:
         parts.append("not finished")
-    if told["key"] is not None:
-        parts.append(f"key {told['key']}")
-    if told["completion_id"] is not None:
-        parts.append(told["completion_id"])
-        parts.append(f"{told['prompt_tokens']} + {told['completion_tokens']} tokens")
+    if fields["key"] is not None:
+        parts.append(f"key {fields['key']}")
+    if fields["completion_id"] is not None:
+        parts.append(fields["completion_id"])
+        parts.append(f"{fields['prompt_tokens']} + {fields['completion_tokens']} tokens")
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deploy.api.http.access_log import entry, route_path
+from deploy.api.http.access_log import current_entry, route_path
 from deploy.api.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 CHECK_S = 1.0
 """How often the file is looked at, at most."""
 
-OPEN = frozenset({"/health", "/ready", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 """Paths that ask for no key: load balancers have none."""
 
 _MISSING = ApiError(401, "An API key is needed: `Authorization: Bearer KEY`.", code="invalid_api_key")
@@ -84,14 +84,14 @@ def read_keys(file: Path) -> dict[bytes, str]:
 
 
 class KeyGuard:
-    """Lets through who sends a key, and everybody to OPEN. The name of the key goes to the access log."""
+    """Lets through who sends a key, and everybody to OPEN_PATHS. The name of the key goes to the access log."""
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or route_path(scope) in OPEN:
+        if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         sent = _bearer(Headers(scope=scope).get("authorization", ""))
@@ -100,7 +100,7 @@ class KeyGuard:
             refusal = _WRONG if sent else _MISSING
             await refusal.response({"www-authenticate": "Bearer"})(scope, receive, send)
             return
-        entry().key = name
+        current_entry().key = name
         await self._app(scope, receive, send)
 
 

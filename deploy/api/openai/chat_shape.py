@@ -8,9 +8,9 @@ from deploy.api.openai.responses import (
     ChatChunkChoice,
     ChatLogprobs,
     ChatTokenLogprob,
+    ChoiceStart,
     Delta,
     Function,
-    Opening,
     Piece,
     ToolCall,
     TopLogprob,
@@ -39,7 +39,7 @@ class ChatShape:
     def reader(self) -> Reader:
         return self._new_reader()
 
-    def whole(self, opening: Opening, piece: Piece) -> ChatChoice:
+    def whole(self, start: ChoiceStart, piece: Piece) -> ChatChoice:
         called = any(isinstance(part, CallBegun) for part in piece.parts)
         return {
             "index": piece.index,
@@ -60,11 +60,11 @@ class ChatShape:
             choice["stop_reason"] = piece.stop_reason
         return choice
 
-    def opening(self, opening: Opening) -> ChatChunkChoice:
+    def first_chunk(self, start: ChoiceStart) -> ChatChunkChoice:
         delta: Delta = {"role": "assistant", "content": ""}
-        return {"index": opening.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {"index": start.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def offset(self, opening: Opening) -> int:
+    def offset(self, start: ChoiceStart) -> int:
         return 0  # a chat has no offsets
 
     def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:

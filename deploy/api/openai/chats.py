@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from deploy.api.http.errors import ApiError
 from deploy.api.openai.requests import ChatCompletionRequest
-from deploy.api.openai.structured import together
+from deploy.api.openai.structured import cannot_combine
 from deploy.api.reading.parts import ChatReader, PlainReader, Reader
 from deploy.api.reading.reasoning import ReasoningReader, is_open, thinks
 from deploy.api.reading.tool_formats import ToolFormat, calls_rules, format_of
@@ -21,14 +21,14 @@ class ChatFormat:
     def grammar(self, body: ChatCompletionRequest) -> str | None:
         """Of the whole answer, thoughts included: there are none then. None: it is free. May take a while.
 
-        Where a form is asked for and the model may call tools, it chooses. Raises ApiError.
+        Where a constraint is asked for and the model may call tools, it chooses. Raises ApiError.
         """
-        form = body.form()
+        constraint = body.output_constraint()
         if not body.offered:
-            return form.compile() if form else None
-        if form and body.forced:
-            raise together(form.field, "tool_choice")
-        if not form and not body.forced:
+            return constraint.compile() if constraint else None
+        if constraint and body.forced:
+            raise cannot_combine(constraint.field, "tool_choice")
+        if not constraint and not body.forced:
             return None
         functions = [tool.function for tool in body.forced or body.offered]
         several = body.parallel_tool_calls and not body.names_tool
@@ -37,13 +37,13 @@ class ChatFormat:
             forced = grammar.of_lark(f"start: calls\n{rules}")
         except ValueError as error:
             raise ApiError(400, f"tools: {error}", param="tools") from error
-        return grammar.either(rules, "calls", form.compile()) if form else forced
+        return grammar.either(rules, "calls", constraint.compile()) if constraint else forced
 
     def new_reader(self, body: ChatCompletionRequest, *, prompt: str) -> Callable[[], Reader]:
         """Makes readers of the answers to a rendered prompt. Raises ApiError for tools that this model cannot call."""
         offered = [tool.function for tool in body.offered]
         tools = self._format() if offered else None
-        reasons = self._thinks and body.form() is None and not body.forced
+        reasons = self._thinks and body.output_constraint() is None and not body.forced
         opened = is_open(prompt)
         max_calls = None if body.parallel_tool_calls else 1
 

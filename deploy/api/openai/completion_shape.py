@@ -5,9 +5,9 @@ from itertools import accumulate
 
 from deploy.api.openai.requests import CompletionRequest
 from deploy.api.openai.responses import (
+    ChoiceStart,
     CompletionChoice,
     CompletionLogprobs,
-    Opening,
     Piece,
     PromptLogprob,
     Vocabulary,
@@ -33,14 +33,14 @@ class CompletionShape:
     def reader(self) -> Reader:
         return PlainReader()
 
-    def whole(self, opening: Opening, piece: Piece) -> CompletionChoice:
+    def whole(self, start: ChoiceStart, piece: Piece) -> CompletionChoice:
         choice = self.chunk(piece, called=False)
-        if echoed := self.opening(opening):
+        if echoed := self.first_chunk(start):
             choice["text"] = echoed["text"] + choice["text"]
             choice["logprobs"] = _in_a_row(echoed["logprobs"], choice["logprobs"])
         choice["stop_reason"] = piece.stop_reason
         if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = self._prompt_logprobs(opening, self._body.prompt_logprobs)
+            choice["prompt_logprobs"] = self._prompt_logprobs(start, self._body.prompt_logprobs)
         return choice
 
     def chunk(self, piece: Piece, *, called: bool) -> CompletionChoice:
@@ -54,20 +54,20 @@ class CompletionShape:
             choice["stop_reason"] = piece.stop_reason
         return choice
 
-    def opening(self, opening: Opening) -> CompletionChoice | None:
+    def first_chunk(self, start: ChoiceStart) -> CompletionChoice | None:
         if not self._body.echo:
             return None
         return {
-            "index": opening.index,
-            "text": self._prompt_text(opening.index),
-            "logprobs": self._echoed(opening),
+            "index": start.index,
+            "text": self._prompt_text(start.index),
+            "logprobs": self._echoed(start),
             "finish_reason": None,
         }
 
-    def offset(self, opening: Opening) -> int:
+    def offset(self, start: ChoiceStart) -> int:
         if not self._body.echo:
             return 0
-        return sum(len(self._vocabulary.token_text(token)) for token in self._tokens(opening.index))
+        return sum(len(self._vocabulary.token_text(token)) for token in self._tokens(start.index))
 
     def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
         return sum(len(self._vocabulary.token_text(scored.token)) for scored in logprobs)
@@ -83,13 +83,13 @@ class CompletionShape:
             return sent
         return b"".join(map(self._vocabulary.token_bytes, sent)).decode(errors="replace")
 
-    def _echoed(self, opening: Opening) -> CompletionLogprobs | None:
+    def _echoed(self, start: ChoiceStart) -> CompletionLogprobs | None:
         """Of the prompt: its first token has no logprob."""
         if self._body.logprobs is None:
             return None
-        first = self._vocabulary.token_text(self._tokens(opening.index)[0])
+        first = self._vocabulary.token_text(self._tokens(start.index)[0])
         num_top = self._body.logprobs
-        scored = [TokenLogprob(s.token, s.logprob, s.top[:num_top]) for s in opening.prompt_logprobs]
+        scored = [TokenLogprob(s.token, s.logprob, s.top[:num_top]) for s in start.prompt_logprobs]
         alone: CompletionLogprobs = {
             "tokens": [first],
             "token_logprobs": [None],
@@ -114,9 +114,9 @@ class CompletionShape:
             by_text.setdefault(self._vocabulary.token_text(token), finite(logprob))
         return by_text
 
-    def _prompt_logprobs(self, opening: Opening, num_top: int) -> list[dict[str, PromptLogprob] | None]:
+    def _prompt_logprobs(self, start: ChoiceStart, num_top: int) -> list[dict[str, PromptLogprob] | None]:
         """vLLM's: null for the first token; for the others by token id, the prompt's own first."""
-        return [None, *(self._ranked(scored, num_top) for scored in opening.prompt_logprobs)]
+        return [None, *(self._ranked(scored, num_top) for scored in start.prompt_logprobs)]
 
     def _ranked(self, scored: TokenLogprob, num_top: int) -> dict[str, PromptLogprob]:
         ranks = {token: rank for rank, (token, _) in enumerate(scored.top, start=1)}

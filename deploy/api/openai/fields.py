@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import CoreSchema, core_schema
 
 
-class Sent(BaseModel):
+class OpenAIBaseModel(BaseModel):
     """An object of a body."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -27,7 +27,7 @@ class Sent(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class _Only:
+class _AcceptOnly:
     served: tuple[Any, ...]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -45,12 +45,12 @@ class _Only:
         return value
 
 
-def only(*served: Any) -> _Only:
+def accept_only(*served: Any) -> _AcceptOnly:
     """Refuses every value but these, and says so in the schema."""
-    return _Only(served)
+    return _AcceptOnly(served)
 
 
-NotServed = Annotated[Any, only()]
+NotServed = Annotated[Any, accept_only()]
 
 
 def ignored_fields(sent: BaseModel) -> Iterator[str]:

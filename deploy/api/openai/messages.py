@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from deploy.api.openai.fields import NotServed, Sent, only
+from deploy.api.openai.fields import NotServed, OpenAIBaseModel, accept_only
 
 
-class TextPart(Sent):
-    type: Annotated[str, only("text")]
+class TextPart(OpenAIBaseModel):
+    type: Annotated[str, accept_only("text")]
     text: str
 
 
@@ -29,21 +29,21 @@ def _as_object(arguments: object) -> object:
     return value
 
 
-class CalledFunction(Sent):
+class CalledFunction(OpenAIBaseModel):
     name: str
     arguments: Annotated[dict[str, Any], BeforeValidator(_as_object)]
 
 
-class SentCall(Sent):
+class SentCall(OpenAIBaseModel):
     """A call that the model made earlier in the chat."""
 
     id: str = ""
-    type: Annotated[str, only("function")] = "function"
+    type: Annotated[str, accept_only("function")] = "function"
     function: CalledFunction
 
 
-class Message(Sent):
-    role: Annotated[str, only("system", "developer", "user", "assistant", "tool")]
+class Message(OpenAIBaseModel):
+    role: Annotated[str, accept_only("system", "developer", "user", "assistant", "tool")]
     tool_calls: Annotated[list[SentCall], Field(default_factory=list, fail_fast=True)]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
         default=None, validate_default=True
@@ -81,7 +81,7 @@ class Message(Sent):
 _CALL: Any = {"id": True, "type": True, "function": {"name", "arguments"}}
 
 
-class OfferedFunction(Sent):
+class OfferedFunction(OpenAIBaseModel):
     """parameters: JSON schema of an object; none: the function takes none."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
@@ -90,8 +90,8 @@ class OfferedFunction(Sent):
     strict: bool = False
 
 
-class Tool(Sent):
-    type: Annotated[str, only("function")]
+class Tool(OpenAIBaseModel):
+    type: Annotated[str, accept_only("function")]
     function: OfferedFunction
 
     def for_template(self) -> dict[str, Any]:
@@ -101,15 +101,15 @@ class Tool(Sent):
 _TOOL: Any = {"type": True, "function": {"name", "description", "parameters", "strict"}}
 
 
-class NamedFunction(Sent):
+class NamedFunction(OpenAIBaseModel):
     name: str
 
 
-class NamedTool(Sent):
+class NamedTool(OpenAIBaseModel):
     """A tool_choice: this one has to be called."""
 
-    type: Annotated[str, only("function")]
+    type: Annotated[str, accept_only("function")]
     function: NamedFunction
 
 
-ToolChoice = Annotated[str, only("none", "auto", "required")] | NamedTool
+ToolChoice = Annotated[str, accept_only("none", "auto", "required")] | NamedTool

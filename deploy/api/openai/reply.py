@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deploy.api.openai.responses import Choice, Completion, Opening, Piece, Shape, Usage
+from deploy.api.openai.responses import Choice, ChoiceStart, Completion, Piece, Shape, Usage
 from deploy.api.reading.parts import CallBegun, Content, Part, Reader
 from router.request import RequestOutput, TokenLogprob
 
@@ -17,7 +17,7 @@ _TEXT = "\0"  # stands for the text in a chunk's template; no model's name holds
 
 
 @dataclass
-class _Progress:
+class _ChoiceState:
     """Of one choice. before, after: its chunks' JSON around their text, as long as they hold only that."""
 
     reader: Reader
@@ -68,7 +68,7 @@ class Reply:
         self._n = n
         self._with_logprobs = logprobs
         self._include_usage = include_usage
-        self._choices = [self._progress(index) for index in range(n * len(prompt_tokens))]
+        self._choices = [self._new_choice(index) for index in range(n * len(prompt_tokens))]
 
     def add(self, index: int, output: RequestOutput) -> None:
         """Keep an output for `whole`."""
@@ -86,7 +86,7 @@ class Reply:
     def event(self, index: int, output: RequestOutput) -> bytes:
         """The events that show an output; none if there is nothing to show yet."""
         choice = self._choices[index]
-        opening = self._open(index, output) if choice.first is None else ""
+        first = self._first_chunk(index, output) if choice.first is None else ""
         parts = choice.take(output)
         *before, last = parts or [Content("")]
         events = [self._part(index, part) for part in before]
@@ -94,7 +94,7 @@ class Reply:
             events.append(self._part(index, last) if parts else "")
         else:
             events.append(self._end(index, output, last if parts else None))
-        return (opening + "".join(events)).encode()
+        return (first + "".join(events)).encode()
 
     def ending(self) -> bytes:
         """The events after the last output's."""
@@ -104,15 +104,15 @@ class Reply:
         chunk["usage"] = self._usage()
         return server_sent(to_json(chunk)).encode() + DONE
 
-    def _progress(self, index: int) -> _Progress:
+    def _new_choice(self, index: int) -> _ChoiceState:
         template = self._chunk(self._shape.chunk(Piece(index, [Content(_TEXT)]), called=False))
         before, after = template.split(to_json(_TEXT))
-        return _Progress(self._shape.reader(), before, after)
+        return _ChoiceState(self._shape.reader(), before, after)
 
-    def _open(self, index: int, output: RequestOutput) -> str:
-        opening = Opening(index, output.prompt_logprobs)
-        self._choices[index].offset = self._shape.offset(opening)
-        chunk = self._shape.opening(opening)
+    def _first_chunk(self, index: int, output: RequestOutput) -> str:
+        start = ChoiceStart(index, output.prompt_logprobs)
+        self._choices[index].offset = self._shape.offset(start)
+        chunk = self._shape.first_chunk(start)
         return self._chunk(chunk) if chunk is not None else ""
 
     def _part(self, index: int, part: Part) -> str:
@@ -136,16 +136,16 @@ class Reply:
         choice.offset += self._shape.num_chars(output.logprobs)
         return self._chunk(self._shape.chunk(piece, called=choice.called))
 
-    def _whole(self, index: int, choice: _Progress) -> Choice:
+    def _whole(self, index: int, choice: _ChoiceState) -> Choice:
         assert choice.first is not None
         assert choice.last is not None
-        opening = Opening(index, choice.first.prompt_logprobs)
+        start = ChoiceStart(index, choice.first.prompt_logprobs)
         logprobs = self._asked_for(choice.logprobs)
         stop_reason = _stop_reason(choice.last)
         piece = Piece(
-            index, choice.parts, logprobs, choice.last.finish, stop_reason, self._shape.offset(opening)
+            index, choice.parts, logprobs, choice.last.finish, stop_reason, self._shape.offset(start)
         )
-        return self._shape.whole(opening, piece)
+        return self._shape.whole(start, piece)
 
     def _chunk(self, choice: Choice) -> str:
         chunk = self._envelope(self._shape.chunk_object, [choice])

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StrictInt, ValidationInfo, field_validator
 
-from deploy.api.openai.fields import NotServed, Sent, only
+from deploy.api.openai.fields import NotServed, OpenAIBaseModel, accept_only
 from deploy.api.openai.messages import Message, NamedTool, Tool, ToolChoice
-from deploy.api.openai.structured import Structured
+from deploy.api.openai.structured import StructuredOutputFields
 from router.request import SamplingParams
 
 _DEFAULT = SamplingParams()
@@ -43,11 +43,11 @@ StopStrings = Annotated[
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
-class StreamOptions(Sent):
+class StreamOptions(OpenAIBaseModel):
     include_usage: bool = False
 
 
-class _Body(Structured):
+class _Body(StructuredOutputFields):
     """What both endpoints take."""
 
     model: str
@@ -71,12 +71,12 @@ class _Body(Structured):
     ignore_eos: bool = False
     min_tokens: int = _DEFAULT.min_tokens
 
-    bad_words: Annotated[Any, only([])] = None
+    bad_words: Annotated[Any, accept_only([])] = None
     allowed_token_ids: NotServed = None
-    use_beam_search: Annotated[Any, only(False)] = None
+    use_beam_search: Annotated[Any, accept_only(False)] = None
     truncate_prompt_tokens: NotServed = None
-    include_stop_str_in_output: Annotated[Any, only(False)] = None
-    skip_special_tokens: Annotated[Any, only(True)] = None
+    include_stop_str_in_output: Annotated[Any, accept_only(False)] = None
+    skip_special_tokens: Annotated[Any, accept_only(True)] = None
 
     @field_validator("top_k")
     @classmethod
@@ -135,15 +135,15 @@ class ChatCompletionRequest(_Body):
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
 
-    functions: Annotated[Any, only([])] = None
-    function_call: Annotated[Any, only("none", "auto")] = None
-    modalities: Annotated[Any, only(["text"])] = None
+    functions: Annotated[Any, accept_only([])] = None
+    function_call: Annotated[Any, accept_only("none", "auto")] = None
+    modalities: Annotated[Any, accept_only(["text"])] = None
     audio: NotServed = None
     web_search_options: NotServed = None
     chat_template: NotServed = None
-    add_generation_prompt: Annotated[Any, only(True)] = None
-    continue_final_message: Annotated[Any, only(False)] = None
-    echo: Annotated[Any, only(False)] = None
+    add_generation_prompt: Annotated[Any, accept_only(True)] = None
+    continue_final_message: Annotated[Any, accept_only(False)] = None
+    echo: Annotated[Any, accept_only(False)] = None
     prompt_logprobs: NotServed = None
 
     @field_validator("top_logprobs")
@@ -207,7 +207,7 @@ class CompletionRequest(_Body):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = None
 
-    suffix: Annotated[Any, only("")] = None
+    suffix: Annotated[Any, accept_only("")] = None
 
     @field_validator("max_tokens")
     @classmethod

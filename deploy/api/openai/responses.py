@@ -153,7 +153,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Opening:
+class ChoiceStart:
     """prompt_logprobs: of all tokens of the prompt but the first, if the engine was asked for them."""
 
     index: int
@@ -171,17 +171,17 @@ class Shape(Protocol):
         """Of one choice's text."""
         ...
 
-    def whole(self, opening: Opening, piece: Piece) -> Choice: ...
+    def whole(self, start: ChoiceStart, piece: Piece) -> Choice: ...
 
     def chunk(self, piece: Piece, *, called: bool) -> Choice:
         """called: whether a tool call came, in this piece or before."""
         ...
 
-    def opening(self, opening: Opening) -> Choice | None:
+    def first_chunk(self, start: ChoiceStart) -> Choice | None:
         """A choice's first chunk, before anything generated."""
         ...
 
-    def offset(self, opening: Opening) -> int:
+    def offset(self, start: ChoiceStart) -> int:
         """Of the first generated token."""
         ...
 

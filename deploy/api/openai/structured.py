@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from deploy.api.http.errors import ApiError
-from deploy.api.openai.fields import NotServed, Sent, only
+from deploy.api.openai.fields import NotServed, OpenAIBaseModel, accept_only
 from router.sampling import grammar
 
 Schema = dict[str, Any] | str
@@ -22,7 +22,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputConstraint:
     """What the whole answer has to look like. field: the dotted path that asks for it. kind: a key of _KINDS."""
 
     field: str
@@ -37,7 +37,7 @@ class Form:
             raise ApiError(400, f"{self.field}: {error}", param=self.field) from error
 
 
-class JsonSchema(Sent):
+class JsonSchema(OpenAIBaseModel):
     """strict: schemas are always kept to."""
 
     name: str = ""
@@ -46,8 +46,8 @@ class JsonSchema(Sent):
     strict: bool = False
 
 
-class ResponseFormat(Sent):
-    type: Annotated[str, only("text", "json_object", "json_schema")]
+class ResponseFormat(OpenAIBaseModel):
+    type: Annotated[str, accept_only("text", "json_object", "json_schema")]
     json_schema: JsonSchema | None = Field(default=None, validate_default=True)
 
     @field_validator("json_schema")
@@ -57,31 +57,35 @@ class ResponseFormat(Sent):
             raise PydanticCustomError("missing", "Field required")
         return json_schema
 
-    def forms(self) -> list[Form]:
+    def constraints(self) -> list[OutputConstraint]:
         if self.type == "json_schema":
             assert self.json_schema is not None
-            return [Form("response_format", "json", self.json_schema.schema_)]
-        return [Form("response_format", "json", {"type": "object"})] if self.type == "json_object" else []
+            return [OutputConstraint("response_format", "json", self.json_schema.schema_)]
+        return (
+            [OutputConstraint("response_format", "json", {"type": "object"})]
+            if self.type == "json_object"
+            else []
+        )
 
 
-class StructuredOutputs(Sent):
+class StructuredOutputs(OpenAIBaseModel):
     json_: Schema | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
-    json_object: Annotated[Any, only(False)] = None
+    json_object: Annotated[Any, accept_only(False)] = None
     structural_tag: NotServed = None
 
-    def forms(self) -> list[Form]:
+    def constraints(self) -> list[OutputConstraint]:
         asked = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
         return [
-            Form(f"structured_outputs.{kind}", kind, value)
+            OutputConstraint(f"structured_outputs.{kind}", kind, value)
             for kind, value in asked.items()
             if value is not None
         ]
 
 
-class Structured(Sent):
+class StructuredOutputFields(OpenAIBaseModel):
     """The fields of a body, at most one of which may ask for a form."""
 
     response_format: ResponseFormat | None = None
@@ -91,18 +95,21 @@ class Structured(Sent):
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
 
-    def form(self) -> Form | None:
+    def output_constraint(self) -> OutputConstraint | None:
         """None: the answer is free. Raises ApiError if several are asked for."""
-        forms = [
-            form for asks in (self.response_format, self.structured_outputs) if asks for form in asks.forms()
+        constraints = [
+            constraint
+            for asks in (self.response_format, self.structured_outputs)
+            if asks
+            for constraint in asks.constraints()
         ]
         for kind in _KINDS:
             if (value := getattr(self, f"guided_{kind}")) is not None:
-                forms.append(Form(f"guided_{kind}", kind, value))
-        if len(forms) > 1:
-            raise together(forms[0].field, forms[1].field)
-        return forms[0] if forms else None
+                constraints.append(OutputConstraint(f"guided_{kind}", kind, value))
+        if len(constraints) > 1:
+            raise cannot_combine(constraints[0].field, constraints[1].field)
+        return constraints[0] if constraints else None
 
 
-def together(first: str, second: str) -> ApiError:
+def cannot_combine(first: str, second: str) -> ApiError:
     return ApiError(400, f"{first} and {second} cannot go together.", param=second)

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
-from deploy.api.openai.fields import Sent
+from deploy.api.openai.fields import OpenAIBaseModel
 from deploy.api.openai.messages import Message, Tool
 from deploy.api.openai.requests import TokenIds
 
 
-class Tokens(Protocol):
+class TokenizerLike(Protocol):
     """What this needs of router.tokenizer.Tokenizer. Used from any thread."""
 
     def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]: ...
@@ -35,7 +35,7 @@ class Tokens(Protocol):
     def pieces(self, token_ids: Sequence[int], /) -> list[str]: ...
 
 
-class TokenizeRequest(Sent):
+class TokenizeRequest(OpenAIBaseModel):
     """Of a text, or of a chat as the model's template writes it."""
 
     model_config = ConfigDict(
@@ -62,7 +62,7 @@ class TokenizeRequest(Sent):
         return self
 
 
-class DetokenizeRequest(Sent):
+class DetokenizeRequest(OpenAIBaseModel):
     model: str | None = None
     tokens: TokenIds
 
@@ -80,7 +80,7 @@ class DetokenizeResponse(TypedDict):
     prompt: str
 
 
-def tokenized(body: TokenizeRequest, tokenizer: Tokens, *, max_model_len: int) -> TokenizeResponse:
+def tokenize(body: TokenizeRequest, tokenizer: TokenizerLike, *, max_model_len: int) -> TokenizeResponse:
     """Raises ValueError for messages that the model's template refuses."""
     tokens = _encode(body, tokenizer)
     return {
@@ -91,7 +91,7 @@ def tokenized(body: TokenizeRequest, tokenizer: Tokens, *, max_model_len: int) -
     }
 
 
-def _encode(body: TokenizeRequest, tokenizer: Tokens) -> list[int]:
+def _encode(body: TokenizeRequest, tokenizer: TokenizerLike) -> list[int]:
     if body.prompt is not None:
         return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     assert body.messages is not None

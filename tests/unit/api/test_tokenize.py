@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from deploy import version
-from deploy.api.openai.tokenize import TokenizeRequest, tokenized
+from deploy.api.openai.tokenize import TokenizeRequest, tokenize
 from router.text.tokenizer import Tokenizer
 from tests.support.fake_engine import HELLO, LIMITS, error_of
 
@@ -48,7 +48,7 @@ def test_special_tokens_of_a_text_and_of_a_chat() -> None:
     tokenizer._fast.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
 
     def tokens(**fields: Any) -> list[int]:
-        return tokenized(TokenizeRequest(**fields), tokenizer, max_model_len=1)["tokens"]
+        return tokenize(TokenizeRequest(**fields), tokenizer, max_model_len=1)["tokens"]
 
     plain = tokens(prompt="a b", add_special_tokens=False)
     assert tokenizer.pieces(plain) == ["a", "Ġb"]

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from deploy.cli import cluster, launch, loading
-from deploy.cli.cluster import Application, ClusterGone, gist, refuse_to_share, stop_fleet
+from deploy.cli.cluster import Application, ClusterGone, first_and_last_line, refuse_to_share, stop_fleet
 from deploy.cli.readiness import LaunchError
 from deploy.config import load
 
@@ -267,9 +267,9 @@ def test_no_fleet_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_gist_of_a_message_is_one_line() -> None:
-    assert gist("") == ""
-    assert gist("a\n") == "a"
-    assert gist("A replica failed. Error:\nTraceback\n  File x\n\nValueError: bad\n") == (
+    assert first_and_last_line("") == ""
+    assert first_and_last_line("a\n") == "a"
+    assert first_and_last_line("A replica failed. Error:\nTraceback\n  File x\n\nValueError: bad\n") == (
         "A replica failed. Error: ValueError: bad"
     )
 
