@@ -58,7 +58,7 @@ class TritonBackend(ExpertBackend):
     in_graph = True
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        if reason := complaint(shape, dtype, device):
+        if reason := why_not(shape, dtype, device):
             raise ValueError(reason)
         self._shape, self._num_slots = shape, num_slots
         self._layers = {layer: Layer(shape, num_slots, device) for layer in shape.moe_layers}
@@ -144,7 +144,7 @@ def tiles(shape: MoEShape, num_pairs: int) -> tuple[Tiles, Tiles]:
     return _fit(gate_up, 2 * shape.intermediate, shape.hidden), _fit(down, shape.hidden, shape.intermediate)
 
 
-def complaint(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | None:
     """One sentence that says why the kernels cannot compute this here; None if they can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return f"backend triton needs a CUDA GPU of SM80 or newer, which {device} is not"
