@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts.backends import DEFAULTS, ExpertBackend
-from experts.backends.b12x.library import VERSIONS, complaint, is_sm12x, machine_of
+from experts.backends.b12x.library import VERSIONS, is_sm12x, machine_of, why_not
 from experts.backends.b12x.numerics import is_static
 from experts.backends.registry import BACKENDS
 from experts.device import resolve_dtype
@@ -106,7 +106,7 @@ def selftest(device: torch.device, *, echo: Callable[[str], None]) -> bool:
 def backends_of(device: torch.device) -> tuple[tuple[str, ...], str]:
     """What to test here, and why b12x is not among it, or empty."""
     machine = machine_of(device)
-    reason = complaint(machine) or ""
+    reason = why_not(machine) or ""
     if machine.capability is None:
         return ("cpu", "torch"), reason
     portable = ("triton", "torch") if machine.capability >= (8, 0) else ("torch",)

@@ -17,7 +17,7 @@ FEW_ROWS = 8
 """Rows per expert, on average, up to which a product with each expert's weights as the left factor is quicker."""
 
 
-class SortedPairsBackend(ExpertBackend):
+class GroupedMmBackend(ExpertBackend):
     """Weights are dequantised once, to the dtype of the activations: exact, quick on a CPU, large in memory.
 
     An expert's rows stand together, so its weights are read once.

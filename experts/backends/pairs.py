@@ -40,7 +40,10 @@ class PairsOnCpu(LocalPairs):
         phys_TK = phys_TK.contiguous()
         local_TK = torch.empty_like(phys_TK)
         num_pairs, num_activated = to_local(
-            phys_TK.numpy(), self._first_slot, self._num_slots, local_TK.numpy()
+            phys_TK.numpy(),
+            self._first_slot,
+            self._num_slots,
+            local_TK.numpy(),
         )
         self._num_pairs += num_pairs
         self._num_activated += num_activated

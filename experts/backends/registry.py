@@ -26,9 +26,9 @@ def _reference(
 def _torch(
     shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device, settings: KernelSettings
 ) -> ExpertBackend:
-    from experts.backends.grouped_mm import SortedPairsBackend
+    from experts.backends.grouped_mm import GroupedMmBackend
 
-    return SortedPairsBackend(shape, num_slots, dtype, device)
+    return GroupedMmBackend(shape, num_slots, dtype, device)
 
 
 def _cpu(
@@ -104,6 +104,6 @@ def resolve_backend(
 def _triton_can(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    from experts.backends.triton.backend import complaint
+    from experts.backends.triton.backend import why_not
 
-    return complaint(shape, dtype, device) is None
+    return why_not(shape, dtype, device) is None

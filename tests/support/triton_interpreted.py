@@ -48,7 +48,7 @@ TOKENS = (1, 3, 40)
 def main() -> None:
     in_python = mock.patch.object(kernels, "dequantize", dequantize)
     rounds = mock.patch.object(interpreter, "_convert_float", convert)
-    with in_python, rounds, mock.patch.object(backend_triton, "complaint", return_value=None):
+    with in_python, rounds, mock.patch.object(backend_triton, "why_not", return_value=None):
         print(
             json.dumps(
                 errors_of_calls()

@@ -129,8 +129,8 @@ class B12xBackend(ExpertBackend):
         if self._buffers is None:
             rows, hidden, device = self._max_tokens, self._shape.hidden, self._device
             self._buffers = _Buffers(
-                top_k,
-                _WORKSPACES[self._mode].allocate(
+                top_k=top_k,
+                workspaces=_WORKSPACES[self._mode].allocate(
                     self._shape, self._num_slots, top_k=top_k, max_tokens=rows, device=device
                 ),
                 x_TD=torch.zeros(rows, hidden, dtype=torch.bfloat16, device=device),

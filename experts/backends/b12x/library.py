@@ -43,7 +43,7 @@ def is_sm12x(machine: Machine) -> bool:
     return machine.capability is not None and machine.capability[0] == 12
 
 
-def complaint(machine: Machine) -> str | None:
+def why_not(machine: Machine) -> str | None:
     """One sentence that says why b12x cannot run here and what would help; None if it can."""
     if machine.capability is None:
         return (
@@ -67,7 +67,7 @@ def complaint(machine: Machine) -> str | None:
 
 def require(machine: Machine) -> None:
     """Raises ValueError if b12x cannot run here."""
-    reason = complaint(machine)
+    reason = why_not(machine)
     if reason:
         raise ValueError(reason)
 

@@ -44,7 +44,7 @@ class W4A16Workspaces:
             quant_mode="w4a16",
             activation="silu",
         )
-        return cls(num_slots, top_k, max_tokens, scratch)
+        return cls(num_slots=num_slots, top_k=top_k, max_tokens=max_tokens, scratch=scratch)
 
 
 class W4A16Layer:
@@ -106,12 +106,12 @@ class W4A16Layer:
 
         one = self._one
         return prepare_w4a16_packed_weights(
-            one.w13,
-            one.w13_scale,
-            one.w13_alpha,
-            one.w2,
-            one.w2_scale,
-            one.w2_alpha,
+            w13_fp4=one.w13,
+            w13_blockscale=one.w13_scale,
+            w13_global_scale=one.w13_alpha,
+            w2_fp4=one.w2,
+            w2_blockscale=one.w2_scale,
+            w2_global_scale=one.w2_alpha,
             activation="silu",
             params_dtype=torch.bfloat16,
         )

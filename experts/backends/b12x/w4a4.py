@@ -49,7 +49,14 @@ class W4A4Workspaces:
         if num_pairs > STATIC_PAIRS:
             dynamic = allocate_sm120_moe_workspace(**sizes, routed_rows=num_pairs, backend="dynamic")
         output = torch.zeros(max_tokens, shape.hidden, dtype=torch.bfloat16, device=device)
-        return cls(num_slots, top_k, max_tokens, static, dynamic, output)
+        return cls(
+            num_slots=num_slots,
+            top_k=top_k,
+            max_tokens=max_tokens,
+            static=static,
+            dynamic=dynamic,
+            output=output,
+        )
 
 
 class W4A4Layer:

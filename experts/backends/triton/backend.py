@@ -58,7 +58,7 @@ class TritonBackend(ExpertBackend):
     in_graph = True
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        if reason := complaint(shape, dtype, device):
+        if reason := why_not(shape, dtype, device):
             raise ValueError(reason)
         self._shape, self._num_slots = shape, num_slots
         self._layers = {layer: Layer(shape, num_slots, device) for layer in shape.moe_layers}
@@ -77,39 +77,70 @@ class TritonBackend(ExpertBackend):
 
     def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
         ids_TK = ids_TK.contiguous()
-        sizes = {"D": self._shape.hidden, "I": self._shape.intermediate}
-        weights = self._layers[layer]
+        weights, hidden, intermediate = self._layers[layer], self._shape.hidden, self._shape.intermediate
         (num_tokens, top_k), num_pairs = ids_TK.shape, ids_TK.numel()
         gate_up, down = tiles(self._shape, num_pairs)
-        num_blocks = min(num_pairs, self._num_slots + num_pairs // gate_up.rows)  # at most
+        max_blocks = min(num_pairs, self._num_slots + num_pairs // gate_up.rows)
+        block_d = min(MOVED, triton.next_power_of_2(hidden))
 
         arranged_TD = torch.empty_like(x_TD)
-        h_RI = x_TD.new_empty(num_pairs, sizes["I"])
-        y_PD = x_TD.new_empty(num_pairs, sizes["D"])
-        count, blocks_B4 = ids_TK.new_empty(1), ids_TK.new_empty(num_blocks, 4)
-        lists = (ids_TK.new_empty(self._num_slots, num_pairs), num_pairs, blocks_B4, count)
-
-        moved = {"D": sizes["D"], "BLOCK_D": min(MOVED, triton.next_power_of_2(sizes["D"]))}
+        h_RI = x_TD.new_empty(num_pairs, intermediate)
+        y_PD = x_TD.new_empty(num_pairs, hidden)
+        lists = {
+            "pair_eP": ids_TK.new_empty(self._num_slots, num_pairs),
+            "num_pairs": num_pairs,
+            "blocks_B4": ids_TK.new_empty(max_blocks, 4),
+            "num_blocks": ids_TK.new_empty(1),
+        }
         kernels.arrange[(num_tokens,)](
-            *(x_TD, ids_TK, self._first_slot, self._num_slots),
-            *(self._counts_e, self._total, *lists, arranged_TD),
+            x_TD=x_TD,
+            ids_TK=ids_TK,
+            first_slot=self._first_slot,
+            num_slots=self._num_slots,
+            counts_e=self._counts_e,
+            total=self._total,
+            **lists,
+            arranged_TD=arranged_TD,
             TOP_K=top_k,
             LANES=triton.next_power_of_2(top_k),
             NUM_LISTS=self._num_lists,
             BLOCK_R=gate_up.rows,
-            **moved,
+            D=hidden,
+            BLOCK_D=block_d,
         )
-        kernels.gate_up[(2 * sizes["I"] // gate_up.outputs, num_blocks)](
-            *(arranged_TD, *weights.gate_up, weights.scale_2_e3, *lists, h_RI),
+        kernels.gate_up[(2 * intermediate // gate_up.outputs, max_blocks)](
+            x_TD=arranged_TD,
+            packed_eNJ=weights.gate_up.packed_eNJ,
+            scale_eNGh=weights.gate_up.scale_eNGh,
+            scale_2_e3=weights.scale_2_e3,
+            **lists,
+            h_RI=h_RI,
             TOP_K=top_k,
-            **(sizes | gate_up.options()),
+            D=hidden,
+            I=intermediate,
+            **gate_up.options(),
         )
-        kernels.down[(sizes["D"] // down.outputs, num_blocks)](
-            *(h_RI, *weights.down, weights.scale_2_e3, *lists, w_TK, y_PD),
-            **(sizes | down.options()),
+        kernels.down[(hidden // down.outputs, max_blocks)](
+            h_RI=h_RI,
+            packed_eNJ=weights.down.packed_eNJ,
+            scale_eNGh=weights.down.scale_eNGh,
+            scale_2_e3=weights.scale_2_e3,
+            **lists,
+            w_TK=w_TK,
+            y_PD=y_PD,
+            D=hidden,
+            I=intermediate,
+            **down.options(),
         )
-        kernels.combine[(num_tokens, triton.cdiv(sizes["D"], moved["BLOCK_D"]))](
-            *(y_PD, ids_TK, self._first_slot, self._num_slots, out_TD), TOP_K=top_k, **moved
+        kernels.combine[(num_tokens, triton.cdiv(hidden, block_d))](
+            y_PD=y_PD,
+            ids_TK=ids_TK,
+            first_slot=self._first_slot,
+            num_slots=self._num_slots,
+            out_TD=out_TD,
+            TOP_K=top_k,
+            D=hidden,
+            BLOCK_D=block_d,
         )
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
@@ -144,7 +175,7 @@ def tiles(shape: MoEShape, num_pairs: int) -> tuple[Tiles, Tiles]:
     return _fit(gate_up, 2 * shape.intermediate, shape.hidden), _fit(down, shape.hidden, shape.intermediate)
 
 
-def complaint(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | None:
     """One sentence that says why the kernels cannot compute this here; None if they can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return f"backend triton needs a CUDA GPU of SM80 or newer, which {device} is not"

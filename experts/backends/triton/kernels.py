@@ -40,7 +40,7 @@ also where bfloat16 is subnormal. The product with scale * 2^118 is exact. $0, $
 @triton.jit(do_not_specialize=["first_slot", "num_slots", "num_pairs"])
 def arrange(
     x_TD,
-    id_TK,
+    ids_TK,
     first_slot,
     num_slots,
     counts_e,
@@ -70,7 +70,7 @@ def arrange(
         x_D = tl.load(x_TD + token.to(tl.int64) * D + _input(d, D // 2), mask=d < D)
         tl.store(arranged_TD + token.to(tl.int64) * D + d, x_D, mask=d < D)
     k = tl.arange(0, LANES)
-    slot = tl.load(id_TK + token * TOP_K + k, mask=k < TOP_K, other=-1) - first_slot
+    slot = tl.load(ids_TK + token * TOP_K + k, mask=k < TOP_K, other=-1) - first_slot
     ours = (slot >= 0) & (slot < num_slots) & (k < TOP_K)
     at = tl.atomic_add(counts_e + 1 + slot, 1, mask=ours)
     tl.store(pair_eP + slot.to(tl.int64) * num_pairs + at, token * TOP_K + k, mask=ours)
@@ -160,7 +160,7 @@ def down(
     num_pairs,
     blocks_B4,
     num_blocks,
-    w_P,
+    w_TK,
     y_PD,
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
@@ -182,7 +182,7 @@ def down(
         rows, r < num_rows, packed_eNJ, scale_eNGh, at, I // 2, BLOCK_N, BLOCK_R, BLOCK_J, STAGES, ROWS_FIRST
     )
     pair_R = tl.load(pair_eP + slot.to(tl.int64) * num_pairs + first + r, mask=r < num_rows, other=0)
-    w_R = tl.load(w_P + pair_R, mask=r < num_rows, other=0.0) * tl.load(scale_2_e3 + 3 * slot + 2)
+    w_R = tl.load(w_TK + pair_R, mask=r < num_rows, other=0.0) * tl.load(scale_2_e3 + 3 * slot + 2)
     at_R = y_PD + pair_R.to(tl.int64) * D
     if ROWS_FIRST:
         y = sum_NR * w_R[:, None]
@@ -194,7 +194,7 @@ def down(
 
 @triton.jit(do_not_specialize=["first_slot", "num_slots"])
 def combine(
-    y_PD, id_P, first_slot, num_slots, out_TD, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    y_PD, ids_TK, first_slot, num_slots, out_TD, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out = the sum of a token's local pairs, in the order of its top-k."""
     token = tl.program_id(0).to(tl.int64)
@@ -202,7 +202,7 @@ def combine(
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        slot = tl.load(id_P + pair) - first_slot
+        slot = tl.load(ids_TK + pair) - first_slot
         end = tl.where((slot >= 0) & (slot < num_slots), D, 0)
         sum_D += tl.load(y_PD + pair * D + d, mask=d < end, other=0.0)
     tl.store(out_TD + token * D + d, sum_D.to(out_TD.dtype.element_ty), mask=d < D)

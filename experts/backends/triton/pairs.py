@@ -28,7 +28,12 @@ class PairsInKernel(LocalPairs):
         local_TK = torch.empty_like(phys_TK)
         kernel: Any = _to_local
         kernel[(len(phys_TK),)](
-            *(phys_TK, local_TK, self._counts_e, self._total, self._first_slot, self._num_slots),
+            phys_TK=phys_TK,
+            local_TK=local_TK,
+            counts_e=self._counts_e,
+            total=self._total,
+            first_slot=self._first_slot,
+            num_slots=self._num_slots,
             TOP_K=phys_TK.shape[1],
             LANES=triton.next_power_of_2(phys_TK.shape[1]),
             num_warps=1,

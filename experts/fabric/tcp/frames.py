@@ -1,9 +1,9 @@
 """The wire format of fabric `tcp`, and the host buffers that hold one frame each. No sockets here.
 
-A frame is a header of 64 bytes and a payload, little-endian throughout. The header's halves are its *form*, the same
-for all frames of a kind and size, and its *moment*, which a PARTIAL repeats from the LAYER that it answers.
+A frame is a header of 64 bytes and a payload, little-endian throughout. The header has two halves: the *shape half*, the
+same for all frames of a kind and size, and the *step half*, which a PARTIAL repeats from the LAYER that it answers.
 
-    offset  size  form
+    offset  size  shape half
          0     4  magic, b"SMOE"
          4     2  version, 1
          6     1  kind, see below
@@ -13,7 +13,7 @@ for all frames of a kind and size, and its *moment*, which a PARTIAL repeats fro
         16     4  top_k K, at most 64
         20     4  zero
         24     8  payload bytes
-    offset  size  moment
+    offset  size  step half
         32     8  epoch
         40     8  step
         48     4  layer
@@ -43,22 +43,24 @@ from experts.fabric import FabricError
 MAGIC = b"SMOE"
 VERSION = 1
 HEADER_BYTES = 64
-FORM_BYTES = 32
+SHAPE_HALF_BYTES = 32
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 MAX_SENTENCE_BYTES = 4096
 MAX_TOP_K = 64
 MAX_PAYLOAD_BYTES = 256 << 20
-"""See max_rows. Only a peer that has proved itself gets that far."""
+"""The largest payload, see max_rows. Only a peer that has proved itself may send as much."""
 
-_FORM = struct.Struct("<4sHBBIIIIQ")
-_MOMENT = struct.Struct("<QQI12x")
+_SHAPE_HALF = struct.Struct("<4sHBBIIIIQ")
+_STEP_HALF = struct.Struct("<QQI12x")
 _DTYPE_OF_CODE = {0: None, 1: torch.float32, 2: torch.bfloat16}
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
 _PAIR_BYTES = 8  # a physical id and its weight
 
 
 class Kind(IntEnum):
+    """The kinds of frames, by their number on the wire."""
+
     CHALLENGE = 1
     ANSWER = 2
     WELCOME = 3
@@ -68,11 +70,11 @@ class Kind(IntEnum):
 
 
 class BadFrame(FabricError):
-    """Bytes that no peer of this version sends. The link that brought them is closed."""
+    """The peer sent bytes that no peer of this version sends. The link that brought them is closed."""
 
 
 class FrameShape(NamedTuple):
-    """What decides the size of LAYER and PARTIAL frames; all zero in the other kinds."""
+    """The sizes of a layer, which decide the size of its LAYER and PARTIAL frames; all zero in the other kinds."""
 
     rows: int
     hidden: int
@@ -89,7 +91,7 @@ class FrameShape(NamedTuple):
 
     @property
     def is_sendable(self) -> bool:
-        """The ids, which follow the rows, are aligned, and the payload is below the limit."""
+        """Whether frames can carry this shape: the ids, which follow the rows, are aligned, the payload below the limit."""
         return (
             self.dtype is not None
             and self.partial_bytes % 4 == 0
@@ -102,12 +104,12 @@ NO_ROWS = FrameShape(rows=0, hidden=0, top_k=0, dtype=None)
 
 
 def max_rows(hidden: int, dtype: torch.dtype) -> int:
-    """How many rows fit a frame, whatever the top-k."""
+    """Return how many rows fit a frame, whatever the top-k."""
     return MAX_PAYLOAD_BYTES // (hidden * dtype.itemsize + MAX_TOP_K * _PAIR_BYTES)
 
 
-class Form(NamedTuple):
-    """The first half of a header."""
+class ShapeHalf(NamedTuple):
+    """The first half of a frame's header: its kind and sizes."""
 
     kind: Kind
     payload_bytes: int
@@ -116,20 +118,23 @@ class Form(NamedTuple):
     def pack(self) -> bytes:
         rows, hidden, top_k, dtype = self.shape
         code = _CODE_OF_DTYPE[dtype]
-        return _FORM.pack(MAGIC, VERSION, self.kind, code, rows, hidden, top_k, 0, self.payload_bytes)
+        return _SHAPE_HALF.pack(MAGIC, VERSION, self.kind, code, rows, hidden, top_k, 0, self.payload_bytes)
 
     @classmethod
     def unpack(cls, buffer: memoryview) -> Self:
-        """Raises BadFrame for a form that nobody packs; so the payload has the one size that fits, below the limit."""
-        magic, version, kind, code, rows, hidden, top_k, zero, payload_bytes = _FORM.unpack_from(buffer)
+        """Read the first half of a header. Raises BadFrame for one that no peer packs.
+
+        The payload of what is returned therefore has the one size that fits, below the limit.
+        """
+        magic, version, kind, code, rows, hidden, top_k, zero, payload_bytes = _SHAPE_HALF.unpack_from(buffer)
         if magic != MAGIC or version != VERSION or zero != 0:
-            raise BadFrame(f"not a frame of version {VERSION}: {bytes(buffer[:FORM_BYTES])!r}")
+            raise BadFrame(f"not a frame of version {VERSION}: {bytes(buffer[:SHAPE_HALF_BYTES])!r}")
         if kind not in _KINDS or code not in _DTYPE_OF_CODE:
             raise BadFrame(f"no frame has kind {kind} and dtype code {code}")
-        form = cls(Kind(kind), payload_bytes, FrameShape(rows, hidden, top_k, _DTYPE_OF_CODE[code]))
-        if not form._fits():
-            raise BadFrame(f"the payload does not fit: {form}")
-        return form
+        shape_half = cls(Kind(kind), payload_bytes, FrameShape(rows, hidden, top_k, _DTYPE_OF_CODE[code]))
+        if not shape_half._fits():
+            raise BadFrame(f"the payload does not fit: {shape_half}")
+        return shape_half
 
     def _fits(self) -> bool:
         if self.kind is Kind.LAYER:
@@ -150,19 +155,22 @@ _HANDSHAKE_BYTES = {
 
 
 def small_frame(kind: Kind, payload: bytes) -> memoryview:
-    """A whole frame without rows and without a moment."""
-    return memoryview(Form(kind, len(payload)).pack() + bytes(HEADER_BYTES - FORM_BYTES) + payload)
+    """Return a whole frame of a kind that has no rows; its step half is zero."""
+    return memoryview(ShapeHalf(kind, len(payload)).pack() + bytes(HEADER_BYTES - SHAPE_HALF_BYTES) + payload)
 
 
 def error_frame(sentence: str) -> memoryview:
+    """Return an ERROR frame; a sentence longer than MAX_SENTENCE_BYTES is cut."""
     return small_frame(Kind.ERROR, sentence.encode()[:MAX_SENTENCE_BYTES])
 
 
 class FrameBuffer:
-    """Host memory for one frame at a time. Grows to the largest frame it has held, never shrinks.
+    """Host memory for one frame at a time. It grows to the largest frame that it has held and never shrinks.
 
-    view: all of it. form, moment: the halves of the header. Growing moves the memory; older views keep the old one.
-    frame, shape, known_form: of the LAYER or PARTIAL frame that the buffer is laid out for.
+    view: the whole memory. Growing moves the memory; older views keep the old one.
+    shape_half, step_half: views of the header's halves.
+    frame, shape, laid_out_shape_half: the bytes, the shape and the packed shape half of the LAYER or PARTIAL frame that
+        the buffer is laid out for. What a header in the buffer says (shape_half) may differ until it is written there.
     """
 
     def __init__(self, *, pinned: bool) -> None:
@@ -170,14 +178,14 @@ class FrameBuffer:
         self._allocate(HEADER_BYTES + MAX_SENTENCE_BYTES)
         self.frame = self.view[:0]
         self.shape = NO_ROWS
-        self.known_form = b""
+        self.laid_out_shape_half = b""
 
     def _allocate(self, num_bytes: int) -> None:
         with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
             self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
         self.view = self._bytes.numpy().data
-        self.form = self.view[:FORM_BYTES]
-        self.moment = self.view[FORM_BYTES:HEADER_BYTES]
+        self.shape_half = self.view[:SHAPE_HALF_BYTES]
+        self.step_half = self.view[SHAPE_HALF_BYTES:HEADER_BYTES]
 
     def reserve(self, payload_bytes: int, *, keep: int) -> None:
         """Make room for a frame with this payload; the first `keep` bytes survive."""
@@ -188,11 +196,11 @@ class FrameBuffer:
         self._allocate(max(needed, 2 * len(self.view)))
         self.view[:keep] = kept
 
-    def _lay_out(self, form: Form) -> None:
-        self.reserve(form.payload_bytes, keep=0)
-        self.frame = self.view[: HEADER_BYTES + form.payload_bytes]
-        self.shape = form.shape
-        self.known_form = form.pack()
+    def _lay_out(self, shape_half: ShapeHalf) -> None:
+        self.reserve(shape_half.payload_bytes, keep=0)
+        self.frame = self.view[: HEADER_BYTES + shape_half.payload_bytes]
+        self.shape = shape_half.shape
+        self.laid_out_shape_half = shape_half.pack()
 
     def _tensor(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A [rows, columns] view of the payload, `offset` bytes into it."""
@@ -201,31 +209,34 @@ class FrameBuffer:
 
 
 class LayerFrame(FrameBuffer):
-    """A LAYER frame: x_TD, phys_TK and w_TK are its payload, until it is laid out for another shape."""
+    """A buffer for LAYER frames: x_TD, phys_TK and w_TK are views of the payload, until it is laid out for another shape."""
 
     def lay_out(self, shape: FrameShape) -> None:
-        """A frame that was received into this buffer stays as it is."""
+        """Make x_TD, phys_TK and w_TK views of this shape. A frame that was received into the buffer stays as it is."""
         rows, hidden, top_k, dtype = shape
         assert dtype is not None
         assert shape.is_sendable, f"no frame holds {shape}: see max_rows; hidden must be even"
-        self._lay_out(Form(Kind.LAYER, shape.layer_bytes, shape))
+        self._lay_out(ShapeHalf(Kind.LAYER, shape.layer_bytes, shape))
         self.x_TD = self._tensor(0, rows, hidden, dtype)
         self.phys_TK = self._tensor(shape.partial_bytes, rows, top_k, torch.int32)
         self.w_TK = self._tensor(shape.partial_bytes + 4 * rows * top_k, rows, top_k, torch.float32)
 
 
 class PartialFrame(FrameBuffer):
-    """A PARTIAL frame: partial_TD is its payload, until it is laid out for another shape."""
+    """A buffer for PARTIAL frames: partial_TD is a view of the payload, until it is laid out for another shape."""
 
     def lay_out(self, shape: FrameShape) -> None:
+        """Make partial_TD a view of this shape."""
         assert shape.dtype is not None
-        self._lay_out(Form(Kind.PARTIAL, shape.partial_bytes, shape))
+        self._lay_out(ShapeHalf(Kind.PARTIAL, shape.partial_bytes, shape))
         self.partial_TD = self._tensor(0, shape.rows, shape.hidden, shape.dtype)
 
 
-def write_moment(buffer: FrameBuffer, *, epoch: int, step: int, layer: int) -> None:
-    _MOMENT.pack_into(buffer.moment, 0, epoch, step, layer)
+def write_step_half(buffer: FrameBuffer, *, epoch: int, step: int, layer: int) -> None:
+    """Write the step half of the header in this buffer."""
+    _STEP_HALF.pack_into(buffer.step_half, 0, epoch, step, layer)
 
 
 def layer_of(buffer: FrameBuffer) -> int:
-    return _MOMENT.unpack_from(buffer.moment)[2]
+    """Return the layer that the header in this buffer names."""
+    return _STEP_HALF.unpack_from(buffer.step_half)[2]

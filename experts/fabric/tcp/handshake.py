@@ -64,11 +64,14 @@ class _Talk:
 
     def receive(self, kind: Kind) -> bytes:
         self._wait_no_longer()
-        form = receive_frame(
-            self._sock, self._buffer, accept=lambda form: form.kind is kind, keep_waiting=self._wait_no_longer
+        shape_half = receive_frame(
+            self._sock,
+            self._buffer,
+            accept=lambda shape_half: shape_half.kind is kind,
+            keep_waiting=self._wait_no_longer,
         )
-        assert form is not None, "a handshake's buffer is laid out for nothing"
-        return bytes(self._buffer.view[HEADER_BYTES : HEADER_BYTES + form.payload_bytes])
+        assert shape_half is not None, "a handshake's buffer is laid out for nothing"
+        return bytes(self._buffer.view[HEADER_BYTES : HEADER_BYTES + shape_half.payload_bytes])
 
     def end(self) -> None:
         self._set_timeouts(0)

@@ -26,7 +26,7 @@ from experts.fabric import (
     Ticket,
     Waited,
 )
-from experts.fabric.tcp.frames import FrameShape, LayerFrame, write_moment
+from experts.fabric.tcp.frames import FrameShape, LayerFrame, write_step_half
 from experts.fabric.tcp.open_sockets import OpenSockets
 from experts.fabric.tcp.shard_link import Patience, ShardLink
 from experts.fabric.tcp.sockets import PeerError
@@ -135,12 +135,12 @@ class TcpFabric:
         if shape != request.shape:
             assert hidden == self._hidden, (hidden, self._hidden)
             request.lay_out(shape)
-            request.form[:] = request.known_form
+            request.shape_half[:] = request.laid_out_shape_half
             self._sum_TD.resize_(request.x_TD.shape)
         request.x_TD.copy_(x_TD)
         request.phys_TK.copy_(phys_TK)
         request.w_TK.copy_(w_TK)
-        write_moment(request, epoch=self._header.epoch, step=self._header.step, layer=layer)
+        write_step_half(request, epoch=self._header.epoch, step=self._header.step, layer=layer)
 
     def _receive_all(self) -> list[Tensor]:
         """Reads every living shard's answer, even after a loss, so that their links are clean for the next epoch."""

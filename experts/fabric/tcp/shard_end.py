@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experts.fabric import FabricError, ShardAddress
-from experts.fabric.tcp.frames import Form, Kind, LayerFrame, PartialFrame, error_frame, layer_of
+from experts.fabric.tcp.frames import Kind, LayerFrame, PartialFrame, ShapeHalf, error_frame, layer_of
 from experts.fabric.tcp.handshake import prove_shard
 from experts.fabric.tcp.layer_log import LayerLog
 from experts.fabric.tcp.sockets import (
@@ -178,11 +178,13 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard, log: LayerLog) -> No
     workspace = _Workspace(shard)
     wait_on = _Patrol(sock)
     while True:
-        form = receive_frame(sock, request, accept=workspace.accepts, keep_waiting=wait_on, spin_s=SPIN_S)
-        if form is not None:
-            request.lay_out(form.shape)
-            reply.lay_out(form.shape)
-            reply.form[:] = reply.known_form
+        shape_half = receive_frame(
+            sock, request, accept=workspace.accepts, keep_waiting=wait_on, spin_s=SPIN_S
+        )
+        if shape_half is not None:
+            request.lay_out(shape_half.shape)
+            reply.lay_out(shape_half.shape)
+            reply.shape_half[:] = reply.laid_out_shape_half
             workspace.lay_out(request, reply)
         began = time.perf_counter()
         try:
@@ -193,7 +195,7 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard, log: LayerLog) -> No
             send_frame(sock, error_frame(f"{type(error).__name__}: {error}"), keep_waiting=wait_on)
             return
         took_s = time.perf_counter() - began
-        reply.moment[:] = request.moment
+        reply.step_half[:] = request.step_half
         send_frame(sock, reply.frame, keep_waiting=wait_on)
         log.add(request.shape.rows, took_s)  # while the router is at work
 
@@ -231,8 +233,8 @@ class _Workspace:
         self._w_TK = torch.empty(0, dtype=torch.float32, device=shard.device)
         self._out_TD = torch.empty_like(self._x_TD)
 
-    def accepts(self, form: Form) -> bool:
-        return form.kind is Kind.LAYER and form.shape.hidden == self._shard.shape.hidden
+    def accepts(self, shape_half: ShapeHalf) -> bool:
+        return shape_half.kind is Kind.LAYER and shape_half.shape.hidden == self._shard.shape.hidden
 
     def lay_out(self, request: LayerFrame, reply: PartialFrame) -> None:
         """For these frames. Memory of ours grows to the largest shape and stays there."""

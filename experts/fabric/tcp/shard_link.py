@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from experts.fabric import ShardAddress, Waited
-from experts.fabric.tcp.frames import BadFrame, Form, LayerFrame, PartialFrame, layer_of
+from experts.fabric.tcp.frames import BadFrame, LayerFrame, PartialFrame, ShapeHalf, layer_of
 from experts.fabric.tcp.handshake import prove_router
 from experts.fabric.tcp.open_sockets import OpenSockets
 from experts.fabric.tcp.sockets import Deadline, prepare, receive_frame, send_frame, set_kernel_timeout
@@ -101,9 +101,9 @@ class ShardLink:
         self._awaiting = request
         self._began_at = time.monotonic()
         receive_frame(
-            self._socket, reply, accept=_nothing_else, keep_waiting=self._keep_receiving, spin_s=SPIN_S
+            self._socket, reply, accept=_no_other_shape, keep_waiting=self._keep_receiving, spin_s=SPIN_S
         )
-        if reply.moment != request.moment:
+        if reply.step_half != request.step_half:
             raise BadFrame("an answer to another layer")
         self._owes_answer = False
         self._num_answers += 1
@@ -146,6 +146,6 @@ class ShardLink:
             set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
 
 
-def _nothing_else(_: Form) -> bool:
-    """The reply's buffer is laid out for the only form that an answer may have."""
+def _no_other_shape(_: ShapeHalf) -> bool:
+    """Refuse every other frame: the reply's buffer is laid out for the only one that may come."""
     return False

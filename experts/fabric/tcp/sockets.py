@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from experts.fabric import FabricError
-from experts.fabric.tcp.frames import HEADER_BYTES, BadFrame, Form, FrameBuffer, Kind
+from experts.fabric.tcp.frames import HEADER_BYTES, BadFrame, FrameBuffer, Kind, ShapeHalf
 
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
@@ -117,39 +117,39 @@ def receive_frame(
     sock: socket.socket,
     buffer: FrameBuffer,
     *,
-    accept: Callable[[Form], bool],
+    accept: Callable[[ShapeHalf], bool],
     keep_waiting: Callable[[], None],
     spin_s: float = 0.0,
-) -> Form | None:
-    """Read one frame into `buffer`. Returns None if it has the form that the buffer is laid out for, else its form.
+) -> ShapeHalf | None:
+    """Read one frame into `buffer`. Returns None if the buffer is laid out for such a frame, else the frame's shape half.
 
     The first read takes what has arrived, so a small frame costs one system call. It cannot cut into a next frame,
     because no peer sends one before it has an answer to the first.
-    accept: judges another form before the payload gets any memory; ERROR frames need no leave.
+    accept: judges a frame of another shape before its payload gets any memory; ERROR frames are not asked about.
     keep_waiting: called after each time-out and each read that was short; it raises to give up.
     spin_s: how long to ask again and again before sleeping; to wake a sleeper takes longer than a small frame's way.
     Raises BadFrame, PeerError for an ERROR frame, ConnectionError at the end of the stream.
     """
     received = receive_some(sock, buffer.view, spin_s)
-    if received == len(buffer.frame) and buffer.form == buffer.known_form:
+    if received == len(buffer.frame) and buffer.shape_half == buffer.laid_out_shape_half:
         return None
     while received < HEADER_BYTES:
         keep_waiting()
         received += receive_some(sock, buffer.view[received:], spin_s)
-    form = Form.unpack(buffer.form)
-    known = buffer.form == buffer.known_form
-    if not (known or form.kind is Kind.ERROR or accept(form)):
-        raise BadFrame(f"unexpected frame: {form}")
-    total = HEADER_BYTES + form.payload_bytes
+    shape_half = ShapeHalf.unpack(buffer.shape_half)
+    known = buffer.shape_half == buffer.laid_out_shape_half
+    if not (known or shape_half.kind is Kind.ERROR or accept(shape_half)):
+        raise BadFrame(f"unexpected frame: {shape_half}")
+    total = HEADER_BYTES + shape_half.payload_bytes
     if received > total:
-        raise BadFrame(f"{received - total} bytes after a frame that has no answer yet: {form}")
-    buffer.reserve(form.payload_bytes, keep=received)
+        raise BadFrame(f"{received - total} bytes after a frame that has no answer yet: {shape_half}")
+    buffer.reserve(shape_half.payload_bytes, keep=received)
     while received < total:
         keep_waiting()
         received += receive_some(sock, buffer.view[received:total], spin_s)
-    if form.kind is Kind.ERROR:
+    if shape_half.kind is Kind.ERROR:
         raise PeerError(str(buffer.view[HEADER_BYTES:total], "utf-8", "replace"))
-    return None if known else form
+    return None if known else shape_half
 
 
 def receive_some(sock: socket.socket, view: memoryview, spin_s: float) -> int:

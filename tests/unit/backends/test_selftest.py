@@ -12,7 +12,7 @@ from deploy.cli.main import app
 from experts import selftest
 from experts.backends import DEFAULTS, ExpertBackend
 from experts.backends.b12x.library import VERSIONS, Machine
-from experts.backends.grouped_mm import SortedPairsBackend
+from experts.backends.grouped_mm import GroupedMmBackend
 from experts.backends.registry import BACKENDS
 from experts.placement import EMPTY
 from experts.selftest import Layer, Result, results_of
@@ -26,7 +26,7 @@ SPARK = Machine(capability=(12, 1), cuda=13, installed=dict(VERSIONS))
 Answer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
-class Tampered(SortedPairsBackend):
+class Tampered(GroupedMmBackend):
     """A backend with one mistake."""
 
     def __init__(self, mistake: str, *sizes: object) -> None:
@@ -113,7 +113,7 @@ def test_b12x_is_held_to_its_emulation(monkeypatch: pytest.MonkeyPatch, scales: 
 
 
 def test_b12x_must_give_the_same_bits_twice_on_its_static_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wavers(SortedPairsBackend):
+    class Wavers(GroupedMmBackend):
         def forward(self, *args: Tensor, out_TD: Tensor) -> None:  # type: ignore[override]
             super().forward(*args, out_TD=out_TD)  # type: ignore[arg-type]
             out_TD += (

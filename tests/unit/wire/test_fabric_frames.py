@@ -8,21 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.fabric.tcp.frames import (
-    FORM_BYTES,
     HEADER_BYTES,
     MAGIC,
     MAX_PAYLOAD_BYTES,
     MAX_TOP_K,
+    SHAPE_HALF_BYTES,
     VERSION,
     BadFrame,
-    Form,
     FrameShape,
     Kind,
     LayerFrame,
+    ShapeHalf,
     error_frame,
     layer_of,
     max_rows,
-    write_moment,
+    write_step_half,
 )
 
 u32 = st.integers(0, 2**32 - 1)
@@ -31,23 +31,23 @@ shapes = st.builds(FrameShape, u32, u32, u32, dtypes | st.none())
 small_shapes = st.builds(
     FrameShape, st.integers(0, 64), st.integers(0, 32).map(lambda half: 2 * half), st.integers(0, 64), dtypes
 )
-layer_forms = small_shapes.map(lambda shape: Form(Kind.LAYER, shape.layer_bytes, shape))
-partial_forms = small_shapes.map(lambda shape: Form(Kind.PARTIAL, shape.partial_bytes, shape))
+layer_halves = small_shapes.map(lambda shape: ShapeHalf(Kind.LAYER, shape.layer_bytes, shape))
+partial_halves = small_shapes.map(lambda shape: ShapeHalf(Kind.PARTIAL, shape.partial_bytes, shape))
 
 
-def unpack_or_none(packed: bytes) -> Form | None:
+def unpack_or_none(packed: bytes) -> ShapeHalf | None:
     try:
-        return Form.unpack(memoryview(packed))
+        return ShapeHalf.unpack(memoryview(packed))
     except BadFrame:
         return None
 
 
-@given(layer_forms | partial_forms)
-def test_a_form_survives_the_wire(form: Form) -> None:
-    assert Form.unpack(memoryview(form.pack())) == form
+@given(layer_halves | partial_halves)
+def test_a_shape_half_survives_the_wire(shape_half: ShapeHalf) -> None:
+    assert ShapeHalf.unpack(memoryview(shape_half.pack())) == shape_half
 
 
-@given(st.binary(min_size=FORM_BYTES, max_size=HEADER_BYTES))
+@given(st.binary(min_size=SHAPE_HALF_BYTES, max_size=HEADER_BYTES))
 def test_random_bytes_are_no_frame(packed: bytes) -> None:
     assert unpack_or_none(packed) is None
 
@@ -62,19 +62,19 @@ def test_after_the_magic_random_bytes_are_refused_or_are_what_they_say(
 
 
 @pytest.mark.parametrize(
-    "form",
+    "shape_half",
     [
-        Form(Kind.LAYER, 0),
-        Form(Kind.LAYER, 8, FrameShape(rows=1, hidden=0, top_k=1, dtype=None)),
-        Form(Kind.PARTIAL, 0),
-        Form(Kind.LAYER, 14, FrameShape(rows=1, hidden=3, top_k=1, dtype=torch.bfloat16)),
-        Form(Kind.LAYER, 528, FrameShape(rows=1, hidden=2, top_k=65, dtype=torch.float32)),
+        ShapeHalf(Kind.LAYER, 0),
+        ShapeHalf(Kind.LAYER, 8, FrameShape(rows=1, hidden=0, top_k=1, dtype=None)),
+        ShapeHalf(Kind.PARTIAL, 0),
+        ShapeHalf(Kind.LAYER, 14, FrameShape(rows=1, hidden=3, top_k=1, dtype=torch.bfloat16)),
+        ShapeHalf(Kind.LAYER, 528, FrameShape(rows=1, hidden=2, top_k=65, dtype=torch.float32)),
     ],
     ids=["no dtype", "no dtype, but ids", "no dtype in an answer", "ids off their place", "top-k"],
 )
-def test_a_shape_that_no_peer_lays_out_is_refused(form: Form) -> None:
+def test_a_shape_that_no_peer_lays_out_is_refused(shape_half: ShapeHalf) -> None:
     with pytest.raises(BadFrame, match="does not fit"):
-        Form.unpack(memoryview(form.pack()))
+        ShapeHalf.unpack(memoryview(shape_half.pack()))
 
 
 @given(st.integers(1, 8192).map(lambda half: 2 * half), dtypes)
@@ -84,26 +84,28 @@ def test_max_rows_is_what_fits(hidden: int, dtype: torch.dtype) -> None:
     assert not FrameShape(most + 1, hidden, MAX_TOP_K, dtype).is_sendable
 
 
-@given(layer_forms | partial_forms, st.integers(0, FORM_BYTES - 1), st.integers(1, 255))
-def test_a_form_with_a_flipped_byte_is_refused_or_is_what_it_says(form: Form, place: int, flip: int) -> None:
-    packed = bytearray(form.pack())
+@given(layer_halves | partial_halves, st.integers(0, SHAPE_HALF_BYTES - 1), st.integers(1, 255))
+def test_a_shape_half_with_a_flipped_byte_is_refused_or_is_what_it_says(
+    shape_half: ShapeHalf, place: int, flip: int
+) -> None:
+    packed = bytearray(shape_half.pack())
     packed[place] ^= flip
     read = unpack_or_none(bytes(packed))
     assert read is None or read.pack() == packed
 
 
 @given(st.sampled_from(Kind), shapes, st.integers(0, 2**64 - 1))
-def test_no_form_claims_more_than_the_limit(kind: Kind, shape: FrameShape, claimed: int) -> None:
+def test_no_shape_half_claims_more_than_the_limit(kind: Kind, shape: FrameShape, claimed: int) -> None:
     for payload_bytes in (claimed, shape.layer_bytes, shape.partial_bytes):
-        read = unpack_or_none(Form(kind, payload_bytes % 2**64, shape).pack())
+        read = unpack_or_none(ShapeHalf(kind, payload_bytes % 2**64, shape).pack())
         assert read is None or read.payload_bytes <= MAX_PAYLOAD_BYTES
 
 
 def test_a_layer_is_one_buffer_of_x_then_ids_then_weights() -> None:
     frame = LayerFrame(pinned=False)
     frame.lay_out(FrameShape(rows=2, hidden=4, top_k=1, dtype=torch.float32))
-    frame.form[:] = frame.known_form
-    write_moment(frame, epoch=5, step=6, layer=7)
+    frame.shape_half[:] = frame.laid_out_shape_half
+    write_step_half(frame, epoch=5, step=6, layer=7)
     frame.x_TD.copy_(torch.arange(8.0).view(2, 4))
     frame.phys_TK.copy_(torch.tensor([[-1], [3]]))
     frame.w_TK.fill_(0.5)
@@ -118,7 +120,7 @@ def test_a_layer_is_one_buffer_of_x_then_ids_then_weights() -> None:
 
 def test_a_long_sentence_is_cut() -> None:
     frame = error_frame("it broke " * 1000)
-    assert Form.unpack(frame) == Form(Kind.ERROR, payload_bytes=4096)
+    assert ShapeHalf.unpack(frame) == ShapeHalf(Kind.ERROR, payload_bytes=4096)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

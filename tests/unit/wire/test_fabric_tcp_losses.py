@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from experts.fabric import PeerLost, ShardAddress, ShardFailed
-from experts.fabric.tcp.frames import FrameShape, LayerFrame, PartialFrame, write_moment
+from experts.fabric.tcp.frames import FrameShape, LayerFrame, PartialFrame, write_step_half
 from experts.fabric.tcp.handshake import prove_shard
 from experts.fabric.tcp.sockets import Deadline, receive_frame, send_frame
 from tests.support.fake_shard import (
@@ -254,8 +254,8 @@ def test_an_answer_to_something_else_is_a_loss(layer: int, rows: int) -> None:
             prove_shard(sock, name="liar", token=TOKEN, within_s=2)
             receive_frame(sock, request, accept=lambda _: True, keep_waiting=Deadline(2))
             reply.lay_out(FrameShape(rows, HIDDEN, 4, F32))
-            reply.form[:] = reply.known_form
-            write_moment(reply, epoch=1, step=0, layer=layer)
+            reply.shape_half[:] = reply.laid_out_shape_half
+            write_step_half(reply, epoch=1, step=0, layer=layer)
             send_frame(sock, reply.frame, keep_waiting=Deadline(2))
 
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -12,7 +12,7 @@ import torch
 
 from experts.fabric import PeerLost, ShardAddress
 from experts.fabric.tcp import shard_end
-from experts.fabric.tcp.frames import Form, FrameShape, Kind, LayerFrame, small_frame, write_moment
+from experts.fabric.tcp.frames import FrameShape, Kind, LayerFrame, ShapeHalf, small_frame, write_step_half
 from experts.fabric.tcp.handshake import prove_router
 from experts.fabric.tcp.sockets import Deadline, send_frame
 from tests.support.fake_shard import (
@@ -93,8 +93,8 @@ def read_some(sock: socket.socket) -> bytes:
 def layer_frame(rows: int, hidden: int) -> memoryview:
     frame = LayerFrame(pinned=False)
     frame.lay_out(FrameShape(rows, hidden, 4, F32))
-    frame.form[:] = frame.known_form
-    write_moment(frame, epoch=1, step=0, layer=0)
+    frame.shape_half[:] = frame.laid_out_shape_half
+    write_step_half(frame, epoch=1, step=0, layer=0)
     return frame.frame
 
 
@@ -104,7 +104,7 @@ def layer_frame(rows: int, hidden: int) -> memoryview:
         layer_frame(2, HIDDEN + 2),
         memoryview(bytes(layer_frame(2, HIDDEN)) * 2),
         small_frame(Kind.WELCOME, bytes(32)),
-        memoryview(Form(Kind.LAYER, 1 << 40, FrameShape(1 << 31, HIDDEN, 0, F32)).pack() + bytes(32)),
+        memoryview(ShapeHalf(Kind.LAYER, 1 << 40, FrameShape(1 << 31, HIDDEN, 0, F32)).pack() + bytes(32)),
     ],
     ids=["another hidden size", "two frames at once", "another kind", "a terabyte"],
 )
