@@ -153,6 +153,8 @@ async def test_nobody_writes_lines_of_his_own_into_the_log(text: io.StringIO) ->
         response = await http.get("/v1/models/x%0a2026-01-01 INFO deploy: forged%1b[2J")
         await http.post(COMPLETIONS, json=PROMPT | {"a\r\nb": 1})
     first, second, _ = text.getvalue().splitlines()
-    assert f" INFO deploy.api.access_log: {response.headers['x-request-id']}: GET /v1/models/x\\n" in first
+    assert (
+        f" INFO deploy.api.http.access_log: {response.headers['x-request-id']}: GET /v1/models/x\\n" in first
+    )
     assert first.isprintable()
     assert second.endswith("ignored fields: a\\r\\nb, wombat")

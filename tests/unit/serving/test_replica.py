@@ -11,7 +11,7 @@ import pytest
 
 from deploy.api.engine_client import Limits
 from deploy.config import AppArgs, ExpertsConfig
-from deploy.engine import outboxes, replica
+from deploy.engine import build, outboxes, replica
 from deploy.engine.replica import RouterReplica
 from deploy.fleet.spec import FleetOverview, ShardStats
 from experts.fabric import PeerLost
@@ -113,13 +113,13 @@ async def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """Every engine that was built."""
     built: list[FakeEngine] = []
 
-    def build(
+    def build_engine(
         args: AppArgs, *, experts: ExpertsConfig, shares_gpu: bool, **callbacks: Any
     ) -> tuple[FakeEngine, Any]:
         built.append(FakeEngine(**callbacks))
         return built[-1], dict
 
-    monkeypatch.setattr(build, "build_engine", build)
+    monkeypatch.setattr(build, "build_engine", build_engine)
     monkeypatch.setattr(replica, "_metrics_port", lambda: 8080)
     monkeypatch.setattr(replica, "_num_gpus", lambda: 0.0)
     monkeypatch.setattr(replica, "FleetLink", FakeFleet)
