@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 
-.PHONY: demo serve test test-all check clean
+.PHONY: demo serve test test-cluster test-all check clean
 
 demo: .venv/.base ## the demo model on this machine: a router, two expert shards, two streamed answers
 	$(BIN)/python -m deploy.cli.demo
@@ -11,12 +11,18 @@ demo: .venv/.base ## the demo model on this machine: a router, two expert shards
 serve: .venv/.base ## serve CONFIG=configs/... in the foreground
 	$(BIN)/sparkmoe serve $(CONFIG)
 
-test: .venv/.dev ## unit and cluster tests
-	$(BIN)/pytest
+# Two files at a time, in their order: the longest come early.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: test ## the whole matrices, too
-	$(BIN)/pytest -m "slow and cluster and not gpu"
-	$(BIN)/pytest -m "slow and not cluster and not gpu" -n 2 --dist loadfile
+test: .venv/.dev ## unit tests, and one server from its start to its stop
+	$(BIN)/pytest $(PARALLEL)
+
+test-cluster: .venv/.dev ## everything else that starts a Ray cluster
+	$(BIN)/pytest -m "cluster and not gpu"
+
+test-all: test ## everything that needs no GPU: the whole matrices and the clusters, too
+	$(BIN)/pytest -m "slow and not cluster and not gpu" $(PARALLEL)
+	$(BIN)/pytest -m "cluster and not gpu"
 
 # pyright asks our Python where packages are: cutlass-dsl's .pth file runs code.
 check: .venv/.dev ## style and types

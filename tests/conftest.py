@@ -1,15 +1,23 @@
-"""For all tests."""
+"""What holds for all tests: their Ray clusters, their threads, and that none changes the logging of the next."""
 
+import logging
 import os
 import secrets
+from collections.abc import Iterator
 
 # Ray reads these when it is imported: the clusters of tests have a token of their own.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
+# torch reads it when it is imported, also in processes that tests start. The models of tests are so small that a second
+# thread costs more than it brings, tenfold on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
+
+from deploy.logs import ROOMS
 
 settings.register_profile("sparkmoe", deadline=None)  # a machine that others use may stall at any time
 settings.load_profile("sparkmoe")
@@ -17,5 +25,16 @@ settings.load_profile("sparkmoe")
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """The models of tests are so small that a second thread costs more than it brings, tenfold on a busy machine."""
+    """Keep torch to one thread even if something imported it before the variable was set."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Undo what a test does to our loggers: a Fleet, for one, configures those of its process."""
+    loggers = [logging.getLogger(room) for room in ROOMS]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers = handlers

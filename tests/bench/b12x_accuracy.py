@@ -27,14 +27,13 @@ from router.config import RouterConfig
 from router.request import Request, SamplingParams
 from tests.bench import report
 from tests.bench.perplexity import (
-    DEMO,
-    HELDOUT,
     load_dense,
     perplexity,
     score_by_transformers,
     windows_of,
 )
 from tests.support.in_process import in_process
+from tests.support.places import DEMO_MODEL, HELDOUT
 
 SHAPES = {"Qwen3-30B-A3B": (2048, 768), "MiniMax-M2": (3072, 1536), "GLM-4.6": (5120, 1536)}
 STDS = (0.01, 0.02, 0.04)
@@ -81,7 +80,7 @@ def score(backend: str, windows: list[list[int]]) -> Tensor:
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
     with in_process(
-        DEMO, num_shards=2, backend=backend, config=RouterConfig(max_queue=len(windows))
+        DEMO_MODEL, num_shards=2, backend=backend, config=RouterConfig(max_queue=len(windows))
     ) as server:
         answers = server.run(requests, deadline_s=3600)
     scores = [[one.logprob for one in answers[request.id].prompt_logprobs] for request in requests]
@@ -108,7 +107,7 @@ def main() -> None:
         for std in STDS:
             results.append({"layer": name, "std": std, **errors_of_layer(*sizes, std)})
             print("  ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
-    windows = windows_of(DEMO, HELDOUT)
+    windows = windows_of(DEMO_MODEL, HELDOUT)
     windows = windows[:: max(1, len(windows) // options.windows)]
     backends = {"W4A16": "torch"} | {f"W4A4 {scales}": f"b12x-emulated {scales}" for scales in SCALES}
     made = {f"b12x-emulated {scales}": partial(_emulated, scales) for scales in SCALES}

@@ -9,7 +9,6 @@ a turn of the engine's loop; the model is Trunk.forward, experts included; the h
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from router.model.trunk import Trunk
 from router.request import Request, SamplingParams
 from tests.bench.report import emit
 from tests.support.in_process import in_process
+from tests.support.places import DEMO_MODEL
 
-MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 NUM_REQUESTS = (1, 16, 64)
 NUM_STEPS = 300
 SKIPPED = 20
@@ -58,7 +57,7 @@ def main() -> None:
 def measure(num_requests: int) -> dict[str, Any]:
     """Medians over steps."""
     steps: list[tuple[float, float]] = []
-    with in_process(MODEL, num_shards=1) as server:
+    with in_process(DEMO_MODEL, num_shards=1) as server:
         server.engine.checked = False
         stopwatch = Stopwatch(server.engine._trunk)
         for n in range(num_requests):

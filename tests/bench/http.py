@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from deploy.cli.server_process import free_port
 from router.text.tokenizer import Tokenizer
 from tests.bench.client import stream
 from tests.bench.report import emit
 from tests.support.oracle import Oracle
-from tests.support.server import eventually, free_port, serving
+from tests.support.places import DEMO_MODEL
+from tests.support.server import eventually, serving
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "configs" / "demo-model"
 STREAMS = (1, 4, 16, 64)
 NUM_TOKENS = 128
 NUM_TURNS = 3
@@ -106,7 +106,7 @@ def _spread(rates: list[float]) -> str:
 
 async def _rate(target: Target, streams: int) -> float:
     """Tokens per second of all streams together, from the first request to the last token."""
-    tokenizer = Tokenizer(MODEL)
+    tokenizer = Tokenizer(DEMO_MODEL)
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=streams)) as client:
         began = time.perf_counter()
         texts = await asyncio.gather(*(_stream(client, target, PROMPT.format(i)) for i in range(streams)))
@@ -158,9 +158,9 @@ def _answers(url: str) -> bool:
 
 def _save_dequantised(path: Path) -> None:
     """The same weights for a server that cannot read NVFP4."""
-    Oracle(MODEL).model.save_pretrained(path)
+    Oracle(DEMO_MODEL).model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (path / name).write_bytes((MODEL / name).read_bytes())
+        (path / name).write_bytes((DEMO_MODEL / name).read_bytes())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import httpx
 from deploy.cli.readiness import LaunchError, readiness
 from tests.bench.client import Streamed, stream
 from tests.bench.report import emit, percentile
-from tests.support.server import ROOT, Server, serving
+from tests.support.places import ROOT
+from tests.support.server import Server, serving
 
 MAX_REQUESTS, MAX_QUEUE = 64, 64
 PHASES = (("64 alone", 64, 60), ("200", 200, 120), ("64 alone, again", 64, 60))
@@ -112,7 +113,7 @@ async def _ask_again_and_again(
 
 def _bodies(number: int) -> Iterator[dict[str, Any]]:
     rng = random.Random(number)
-    code = "".join(path.read_text() for path in sorted((ROOT / "router").glob("*.py")))
+    code = "".join(path.read_text() for path in sorted((ROOT / "router").rglob("*.py")))
     while True:
         begin = rng.randrange(len(code) - 1000)
         yield {

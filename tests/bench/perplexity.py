@@ -28,6 +28,7 @@ from router.text.tokenizer import Tokenizer
 from tests.bench import report
 from tests.support.in_process import CPU, in_process
 from tests.support.oracle import Oracle, load_model
+from tests.support.places import DEMO_MODEL, HELDOUT
 
 WINDOW = 512
 NUM_SHARDS = 2
@@ -35,8 +36,6 @@ AGREEMENT = 1e-3
 """Largest relative difference between our perplexity in float32 and transformers'."""
 
 FP8 = KVCacheConfig(dtype="fp8_e4m3")
-DEMO = report.ROOT / "configs" / "demo-model"
-HELDOUT = report.ROOT / "tests" / "data" / "heldout.txt"
 
 
 def windows_of(path: Path, text: Path) -> list[list[int]]:
@@ -170,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=DEMO, help="NVFP4 checkpoint")
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="NVFP4 checkpoint")
     parser.add_argument("--bf16", type=Path, metavar="DIR", help="the checkpoint that it was made from")
     parser.add_argument("--windows", type=int, help="score only so many, evenly spread over the text")
     parser.add_argument(

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support.places import ROOT
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "ray", "flashinfer-python", "triton", "numpy")
 

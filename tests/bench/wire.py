@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
@@ -30,9 +29,9 @@ from router.request import Request, RequestOutput, SamplingParams
 from router.text.tokenizer import Tokenizer, eos_token_ids
 from tests.bench.report import emit
 from tests.support.in_process import placement_of, shards_of
+from tests.support.places import DEMO_MODEL
 from tests.support.processes import processes
 
-MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 NUM_SHARDS = 2
 NUM_STREAMS = 16
 NUM_TOKENS = 128
@@ -77,17 +76,17 @@ class _Engine:
     """An engine that can be timed again and again."""
 
     def __init__(self, fabric: Fabric, members: Membership) -> None:
-        self._tokenizer = Tokenizer(MODEL)
+        self._tokenizer = Tokenizer(DEMO_MODEL)
         self._left = threading.Semaphore(0)
         self._round = 0
         self._threads = 1
         self._engine = Engine(
-            Trunk.load(MODEL, dtype=torch.float32, device=CPU),
+            Trunk.load(DEMO_MODEL, dtype=torch.float32, device=CPU),
             fabric,
             self._tokenizer,
             config=RouterConfig(),
             kv_bytes=2**28,
-            eos=eos_token_ids(MODEL),
+            eos=eos_token_ids(DEMO_MODEL),
             on_outputs=self._count,
             on_lost=lambda loss: None,
         )
@@ -120,8 +119,8 @@ class _Engine:
 
 @contextlib.contextmanager
 def _local() -> Iterator[_Engine]:
-    shards = shards_of(MODEL, 1, "cpu", torch.float32, CPU)
-    engine = _Engine(LocalFabric(shards), local_membership(placement_of(MODEL, 1)))
+    shards = shards_of(DEMO_MODEL, 1, "cpu", torch.float32, CPU)
+    engine = _Engine(LocalFabric(shards), local_membership(placement_of(DEMO_MODEL, 1)))
     try:
         yield engine
     finally:
@@ -131,7 +130,7 @@ def _local() -> Iterator[_Engine]:
 @contextlib.contextmanager
 def _remote() -> Iterator[_Engine]:
     with processes(_serve, [(rank,) for rank in range(NUM_SHARDS)]) as addresses:
-        members = Membership(epoch=1, shards=tuple(addresses), placement=placement_of(MODEL, NUM_SHARDS))
+        members = Membership(epoch=1, shards=tuple(addresses), placement=placement_of(DEMO_MODEL, NUM_SHARDS))
         fabric = TcpFabric(hidden=256, wire_dtype=torch.float32, slow_after_s=5, dead_after_s=30)
         engine = _Engine(fabric, members)
         try:
@@ -142,7 +141,7 @@ def _remote() -> Iterator[_Engine]:
 
 def _serve(rank: int, parent: Connection) -> None:
     torch.set_num_threads(1)
-    shard = shards_of(MODEL, NUM_SHARDS, "cpu", torch.float32, CPU)[rank]
+    shard = shards_of(DEMO_MODEL, NUM_SHARDS, "cpu", torch.float32, CPU)[rank]
     listener = ShardListener(shard, host="127.0.0.1", name=f"{rank}", token=b"bench")
     parent.send(listener.address)
     parent.poll(None)  # it ends

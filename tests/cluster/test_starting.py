@@ -13,7 +13,9 @@ from openai.types import Completion
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
-from tests.support.server import DEMO, ROOT, eventually, free_port, is_ready, serving
+from deploy.cli.server_process import free_port
+from tests.support.places import DEMO_CONFIG, DEMO_MODEL, ROOT
+from tests.support.server import eventually, is_ready, serving
 
 pytestmark = pytest.mark.cluster
 
@@ -22,17 +24,16 @@ DRAINS = {"what": "the server drains", "timeout_s": 10.0}
 
 @pytest.mark.slow
 def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
-    source = ROOT / "configs" / "demo-model"
-    for file in source.iterdir():
+    for file in DEMO_MODEL.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(source / "model.safetensors")
+    tensors = load_file(DEMO_MODEL / "model.safetensors")
     name = "model.layers.3.mlp.experts.30.up_proj.weight_scale"
     tensors[name] = tensors[name].float()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
     settings = ["--set", f"model.path={tmp_path}", "--set", f"http_options.port={free_port()}"]
-    command = [sys.executable, "-m", "deploy", "serve", str(DEMO), *settings]
+    command = [sys.executable, "-m", "deploy", "serve", str(DEMO_CONFIG), *settings]
     started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert started.returncode == 2
     assert started.stderr.splitlines()[-1].startswith("sparkmoe: ")
@@ -81,7 +82,7 @@ def test_a_cluster_that_is_joined_is_left_as_it_was_found() -> None:
         port, joining = f"http_options.port={free_port()}", {"RAY_ADDRESS": str(cluster.address)}
         with serving(port, environment=joining):
             second = subprocess.run(
-                [sys.executable, "-m", "deploy", "serve", str(DEMO), "--set", port],
+                [sys.executable, "-m", "deploy", "serve", str(DEMO_CONFIG), "--set", port],
                 cwd=ROOT,
                 env={**os.environ, **joining},
                 capture_output=True,

@@ -15,17 +15,18 @@ from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 
 from deploy.cli.launch import readiness
+from deploy.cli.server_process import free_port
 from deploy.config import load
 from deploy.fleet.spec import NAMESPACE
 from router.text.tokenizer import Tokenizer
 from tests.support.oracle import NEAR_TIE, Oracle
-from tests.support.server import DEMO, ROOT, eventually, free_port, is_ready
+from tests.support.places import DEMO_CONFIG, DEMO_MODEL, ROOT
+from tests.support.server import eventually, is_ready
 
 pytestmark = pytest.mark.cluster
 
 LEASE_S = 10
 
-MODEL = ROOT / "configs" / "demo-model"
 PROMPTS = ["def fibonacci(n):\n", "import os\n\nclass Config:\n", "for i in range(10):\n"]
 NUM_TOKENS = 48
 
@@ -66,7 +67,7 @@ class Deployed:
             "router.dtype=float32",
             "fabric.wire_dtype=float32",
         ]
-        checked, self._raw = load(DEMO, settings)
+        checked, self._raw = load(DEMO_CONFIG, settings)
         self.url = checked.url
 
     def deploy(self, *, shards: int) -> None:
@@ -115,8 +116,8 @@ def deployed(dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> Deploy
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
     """What transformers' own model answers; nowhere does it all but toss a coin, so there is no other exact answer."""
-    tokenizer = Tokenizer(MODEL)
-    answers = Oracle(MODEL).generate([tokenizer.encode(prompt) for prompt in PROMPTS], NUM_TOKENS)
+    tokenizer = Tokenizer(DEMO_MODEL)
+    answers = Oracle(DEMO_MODEL).generate([tokenizer.encode(prompt) for prompt in PROMPTS], NUM_TOKENS)
     assert all(min(answer.margins) > NEAR_TIE for answer in answers)
     return [tokenizer.decode(answer.tokens) for answer in answers]
 

@@ -19,10 +19,11 @@ from router.model.decode_graphs import DecodeGraphs
 from router.model_config import FAMILIES
 from router.request import Request, SamplingParams
 from router.text.tokenizer import Tokenizer
-from tests.bench.perplexity import DEMO, FP8, HELDOUT, closeness, logits_of_engine, windows_of
+from tests.bench.perplexity import FP8, closeness, logits_of_engine, windows_of
 from tests.support.families import write_nvfp4
 from tests.support.in_process import greedy, in_process
 from tests.support.oracle import Oracle, assert_same_tokens
+from tests.support.places import DEMO_MODEL, HELDOUT
 
 pytestmark = pytest.mark.gpu
 
@@ -68,11 +69,11 @@ def exact() -> Iterator[None]:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("fabric", [LocalFabric, HostedTcp])
 def test_tokens_are_those_of_transformers(fabric: type[LocalFabric | HostedTcp], backend: str) -> None:
-    tokens = Tokenizer(DEMO).encode(HELDOUT.read_text())
+    tokens = Tokenizer(DEMO_MODEL).encode(HELDOUT.read_text())
     prompts = [tokens[1000 * n : 1000 * n + length] for n, length in enumerate(LENGTHS)]
     requests = [greedy(str(n), prompt, num_tokens=NUM_TOKENS) for n, prompt in enumerate(prompts)]
-    expected = Oracle(DEMO).generate(prompts, NUM_TOKENS)
-    with in_process(DEMO, num_shards=2, device=GPU, backend=backend, fabric=fabric) as server:
+    expected = Oracle(DEMO_MODEL).generate(prompts, NUM_TOKENS)
+    with in_process(DEMO_MODEL, num_shards=2, device=GPU, backend=backend, fabric=fabric) as server:
         answers = server.run(requests)
     for n, continuation in enumerate(expected):
         assert len(answers[str(n)].tokens) == NUM_TOKENS
@@ -80,9 +81,9 @@ def test_tokens_are_those_of_transformers(fabric: type[LocalFabric | HostedTcp],
 
 
 def test_bfloat16_is_as_close_as_on_a_cpu() -> None:
-    windows = windows_of(DEMO, HELDOUT)[::30]
-    oracle = Oracle(DEMO)
-    pairs = zip(logits_of_engine(DEMO, windows, torch.bfloat16, GPU), windows, strict=True)
+    windows = windows_of(DEMO_MODEL, HELDOUT)[::30]
+    oracle = Oracle(DEMO_MODEL)
+    pairs = zip(logits_of_engine(DEMO_MODEL, windows, torch.bfloat16, GPU), windows, strict=True)
     same, divergence = zip(
         *(closeness(ours.cpu(), oracle.logits(window)) for ours, window in pairs), strict=True
     )
@@ -92,9 +93,11 @@ def test_bfloat16_is_as_close_as_on_a_cpu() -> None:
 
 def test_fp8_keys_and_values_are_close() -> None:
     """In bfloat16 too, so a little less than on a CPU in float32."""
-    windows = windows_of(DEMO, HELDOUT)[::30]
-    oracle = Oracle(DEMO)
-    pairs = zip(logits_of_engine(DEMO, windows, torch.bfloat16, GPU, kv_cache=FP8), windows, strict=True)
+    windows = windows_of(DEMO_MODEL, HELDOUT)[::30]
+    oracle = Oracle(DEMO_MODEL)
+    pairs = zip(
+        logits_of_engine(DEMO_MODEL, windows, torch.bfloat16, GPU, kv_cache=FP8), windows, strict=True
+    )
     same, divergence = zip(
         *(closeness(ours.cpu(), oracle.logits(window)) for ours, window in pairs), strict=True
     )
@@ -107,7 +110,7 @@ def test_fp8_decodes_in_a_graph_and_holds_twice_as_much() -> None:
     blocks, tokens = {}, []
     for kv_cache in (KVCacheConfig(), FP8, FP8):
         config = RouterConfig(kv_cache=kv_cache)
-        with in_process(DEMO, num_shards=2, dtype=torch.bfloat16, device=GPU, config=config) as server:
+        with in_process(DEMO_MODEL, num_shards=2, dtype=torch.bfloat16, device=GPU, config=config) as server:
             answers = server.run(requests)
             assert server.engine._graphs
             assert server.engine._graphs._graphs
@@ -120,7 +123,7 @@ def test_fp8_decodes_in_a_graph_and_holds_twice_as_much() -> None:
 def test_sampling_with_a_seed_does_not_depend_on_company() -> None:
     params = SamplingParams(max_tokens=30, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     requests = [Request(name, (5, 6, 7), params) for name in ("a", "b")]
-    with in_process(DEMO, num_shards=2, dtype=torch.bfloat16, device=GPU) as server:
+    with in_process(DEMO_MODEL, num_shards=2, dtype=torch.bfloat16, device=GPU) as server:
         alone = server.run(requests[:1])["a"].tokens
         assert server.run(requests[1:])["b"].tokens == alone
 
@@ -129,7 +132,7 @@ def test_a_graph_computes_what_its_calls_do(monkeypatch: pytest.MonkeyPatch) -> 
     """Bit by bit, but where a batch is filled up: a library multiplies more rows by other kernels."""
     requests = [greedy(str(n), [n, 5, 6 + n], num_tokens=10 + 4 * n) for n in range(11)]
     differences: dict[int, float] = {}
-    with in_process(DEMO, num_shards=2, dtype=torch.bfloat16, device=GPU) as server:
+    with in_process(DEMO_MODEL, num_shards=2, dtype=torch.bfloat16, device=GPU) as server:
         engine = server.engine
         graphs = engine._graphs
         assert graphs
@@ -162,7 +165,7 @@ def test_without_graphs_the_engine_goes_on(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(DecodeGraphs, "_run", refuse)
-    with in_process(DEMO, num_shards=1, dtype=torch.bfloat16, device=GPU) as server:
+    with in_process(DEMO_MODEL, num_shards=1, dtype=torch.bfloat16, device=GPU) as server:
         assert len(server.run([greedy("one", [1, 2, 3], num_tokens=5)])["one"].tokens) == 5
     assert sum("steps run without CUDA graphs" in record.message for record in caplog.records) == 1
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from experts.checkpoint.layouts import parse_expert
 from experts.checkpoint.tensor_files import INDEX, TensorFiles
+from tests.support.places import ROOT
 
-FIXTURES = Path(__file__).parents[1] / "data" / "modelopt"
+FIXTURES = ROOT / "tests" / "data" / "modelopt"
 DENSE = FIXTURES / "source"
 """Qwen3-MoE in BF16: layer 0 is dense, 1 and 2 have 2 experts; hidden 16, intermediate 32."""
 EXPERTS_ONLY = FIXTURES / "experts-only"

@@ -2,10 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parents[2] / "deploy" / "grafana" / "sparkmoe.json"
+from tests.support.places import ROOT
+
+FILE = ROOT / "deploy" / "grafana" / "sparkmoe.json"
 
 
 def dashboard() -> dict[str, Any]:

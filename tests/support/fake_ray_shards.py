@@ -16,11 +16,10 @@ from experts.config import ExpertsConfig
 from experts.fabric import ShardAddress
 from experts.placement import ExpertPlacement, even_placement
 from experts.progress import Progress
+from tests.support.places import DEMO_MODEL
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo-model"
 
-
-def fleet_spec(*, num_shards: int = 2, checkpoint: Path = DEMO, gpus: float = 0) -> FleetSpec:
+def fleet_spec(*, num_shards: int = 2, checkpoint: Path = DEMO_MODEL, gpus: float = 0) -> FleetSpec:
     return FleetSpec(
         app="app",
         checkpoint=str(checkpoint),

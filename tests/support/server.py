@@ -11,12 +11,10 @@ from typing import Any, TypeVar
 from openai import AsyncOpenAI, OpenAI
 
 from deploy.cli.readiness import LaunchError, readiness
-from deploy.cli.server_process import ROOT, free_port, server_process
+from deploy.cli.server_process import server_process
+from tests.support.places import DEMO_CONFIG
 
-DEMO = ROOT / "configs" / "demo.yaml"
 START_S = 120
-
-__all__ = ["DEMO", "ROOT", "Server", "eventually", "free_port", "is_ready", "serving"]
 
 T = TypeVar("T")
 
@@ -55,7 +53,7 @@ def eventually(condition: Callable[[], T], *, what: str, timeout_s: float) -> T:
 
 @contextlib.contextmanager
 def serving(
-    *settings: str, config: Path = DEMO, environment: dict[str, str] | None = None
+    *settings: str, config: Path = DEMO_CONFIG, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
     """`sparkmoe serve` with --set settings on a free port; at the end it is interrupted, and must exit by itself."""
     with server_process(config, settings=settings, environment=environment, start_timeout_s=START_S) as (

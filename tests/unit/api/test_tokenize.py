@@ -12,10 +12,9 @@ from deploy import version
 from deploy.api.openai.tokenize import TokenizeRequest, tokenize
 from router.text.tokenizer import Tokenizer
 from tests.support.fake_engine import HELLO, LIMITS, error_of
+from tests.support.places import DEMO_MODEL
 
 pytestmark = pytest.mark.anyio
-
-DEMO = Path(__file__).parents[3] / "configs" / "demo-model"
 
 
 async def test_a_text_and_its_tokens(http: httpx.AsyncClient) -> None:
@@ -43,7 +42,7 @@ async def test_tools_are_tokenised_as_the_template_writes_them(http: httpx.Async
 
 
 def test_special_tokens_of_a_text_and_of_a_chat() -> None:
-    tokenizer = Tokenizer(DEMO)
+    tokenizer = Tokenizer(DEMO_MODEL)
     begin = tokenizer.token_text(0)
     tokenizer._fast.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
 

@@ -19,7 +19,8 @@ from experts.backends.reference import ReferenceBackend
 from experts.nvfp4 import dequantize
 from experts.weights import ExpertWeights, MoEShape
 from tests.bench.b12x_accuracy import score
-from tests.bench.perplexity import DEMO, HELDOUT, perplexity, windows_of
+from tests.bench.perplexity import perplexity, windows_of
+from tests.support.places import DEMO_MODEL, HELDOUT
 from tests.unit.backends.test_b12x_layout import moe_shape, random_expert
 
 CPU = torch.device("cpu")
@@ -315,6 +316,6 @@ def test_exact_scales_beat_baked_ones() -> None:
 
 def test_the_demo_model_serves_with_it() -> None:
     """`python -m tests.bench.b12x_accuracy` measures it on more text: W4A4 costs 1.0 % of the perplexity."""
-    windows = windows_of(DEMO, HELDOUT)[::60]
+    windows = windows_of(DEMO_MODEL, HELDOUT)[::60]
     w4a16, w4a4 = (perplexity(score(backend, windows)) for backend in ("torch", "b12x-emulated"))
     assert w4a16 < w4a4 < 1.03 * w4a16

@@ -19,10 +19,10 @@ from experts.shard import ExpertShard, load_shard
 from experts.weights import ExpertWeights, MoEShape
 from router.model_config import FAMILIES
 from tests.support.families import write_nvfp4
+from tests.support.places import DEMO_MODEL
 from tests.unit.backends.test_b12x_layout import random_expert
 
 CPU = torch.device("cpu")
-DEMO = Path(__file__).parents[3] / "configs" / "demo-model"
 
 
 class NeedsWarmth(ExpertBackend):
@@ -43,7 +43,7 @@ class NeedsWarmth(ExpertBackend):
 
 def test_a_shard_that_was_loaded_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "none", lambda *_: NeedsWarmth())
-    with ExpertCheckpoint(DEMO) as checkpoint:
+    with ExpertCheckpoint(DEMO_MODEL) as checkpoint:
         placement = place_evenly(checkpoint.shape, num_ranks=4)
         load_shard(checkpoint, placement, rank=3, backend="none", dtype=torch.float32, device=CPU)
     assert NeedsWarmth.did == ["write"] * (6 * 8) + ["warm for top-4"]

@@ -14,11 +14,11 @@ from experts.backends import DEFAULTS
 from experts.backends.registry import BACKENDS
 from experts.nvfp4 import unpack
 from experts.weights import MoEShape
-from tests.support.server import ROOT
 
 pytest.importorskip("triton", reason="triton is of the extra gpu, and for Linux only")
 
 from experts.backends.triton.backend import order_of, pack, tiles
+from tests.support.places import ROOT
 
 MULTIPLES_OF_64 = st.integers(1, 96).map(lambda n: 64 * n)
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from router.model_config import check_family, read_config
+from tests.support.places import DEMO_MODEL
 
-DEMO = Path(__file__).parents[3] / "configs" / "demo-model" / "config.json"
 SLIDING = "sliding-window attention (4096 tokens) is not supported"
 DYNAMIC = "rope scaling 'dynamic' depends on a request's length and is not supported"
 LONGROPE = "rope scaling 'longrope' depends on a request's length and is not supported"
@@ -17,7 +17,7 @@ UNKNOWN = "rope scaling 'su' is not supported; supported are default, linear, ya
 
 def written(folder: Path, **changes: Any) -> Path:
     """A directory with the demo model's config.json, changed; without the keys that are changed to ... ."""
-    config = {**json.loads(DEMO.read_text()), **changes}
+    config = {**json.loads((DEMO_MODEL / "config.json").read_text()), **changes}
     text = json.dumps({key: value for key, value in config.items() if value is not ...})
     (folder / "config.json").write_text(text)
     return folder

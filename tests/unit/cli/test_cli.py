@@ -16,10 +16,9 @@ from typer.testing import CliRunner
 from deploy.cli.launch import check
 from deploy.cli.main import app
 from deploy.config import load
+from tests.support.places import DEMO_CONFIG, DEMO_MODEL
 
-ROOT = Path(__file__).parents[3]
-DEMO = str(ROOT / "configs" / "demo.yaml")
-MODEL = ROOT / "configs" / "demo-model"
+DEMO = str(DEMO_CONFIG)
 
 
 def refusal(*arguments: str) -> str:
@@ -37,7 +36,7 @@ def served(model: Path) -> str:
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A copy of the demo model to damage."""
-    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+    return Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
 
 
 def test_more_shards_than_experts() -> None:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.config import AppArgs, RouterUserConfig, ServeFile, load
+from tests.support.places import DEMO_CONFIG, ROOT
 
-ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
-DEMO = ROOT / "configs" / "demo.yaml"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -163,11 +162,11 @@ def test_a_mistake_is_one_sentence_with_its_path(
 
 def test_serve_must_not_cut_what_we_would_end() -> None:
     limits = ("api.request_timeout_s=60", "http_options.request_timeout_s=30")
-    assert refusal(DEMO, *limits) == (
-        f"{DEMO}: args.api.request_timeout_s=60.0 must be below http_options.request_timeout_s=30.0, "
+    assert refusal(DEMO_CONFIG, *limits) == (
+        f"{DEMO_CONFIG}: args.api.request_timeout_s=60.0 must be below http_options.request_timeout_s=30.0, "
         "when Serve cuts the connection"
     )
-    load(DEMO, ["api.request_timeout_s=20", "http_options.request_timeout_s=30"])
+    load(DEMO_CONFIG, ["api.request_timeout_s=20", "http_options.request_timeout_s=30"])
 
 
 def test_every_mistake_is_named(tmp_path: Path) -> None:
@@ -186,7 +185,7 @@ def test_every_mistake_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_set_finds_its_place_by_name(assignment: str, path: tuple[str | int, ...]) -> None:
-    _, raw = load(DEMO, [assignment])
+    _, raw = load(DEMO_CONFIG, [assignment])
     place: Any = raw
     for step in path:
         place = place[step]
@@ -209,11 +208,11 @@ KNOWN = (
         ("experts.shards.x=3", "--set experts.shards.x=3: shards is not a mapping"),
         (
             "experts.shrads=3",
-            f"{DEMO}: applications.0.deployments.0.user_config.experts.shrads: "
+            f"{DEMO_CONFIG}: applications.0.deployments.0.user_config.experts.shrads: "
             "unknown key; did you mean `shards`?",
         ),
-        ("applications=x", f"{DEMO}: applications: Input should be a valid tuple"),
-        ("applications=[]", f"{DEMO}: applications.0: missing"),
+        ("applications=x", f"{DEMO_CONFIG}: applications: Input should be a valid tuple"),
+        ("applications=[]", f"{DEMO_CONFIG}: applications.0: missing"),
         (
             "model.path=[",
             "--set model.path=[: not valid YAML: while parsing a flow node expected the node content, "
@@ -222,14 +221,15 @@ KNOWN = (
     ],
 )
 def test_set_with_a_mistake_is_refused(assignment: str, says: str) -> None:
-    assert refusal(DEMO, assignment) == says
+    assert refusal(DEMO_CONFIG, assignment) == says
 
 
 def test_set_after_a_set_that_broke_the_file() -> None:
     assert (
-        refusal(DEMO, "applications=x", "model.name=y") == "--set model.name=y: the file has no application"
+        refusal(DEMO_CONFIG, "applications=x", "model.name=y")
+        == "--set model.name=y: the file has no application"
     )
-    assert refusal(DEMO, "applications=[{}]", "experts.shards=1") == (
+    assert refusal(DEMO_CONFIG, "applications=[{}]", "experts.shards=1") == (
         "--set experts.shards=1: the application has no deployment Router"
     )
 
@@ -277,7 +277,7 @@ def test_any_yaml_is_a_config_or_refused_in_one_line(
 ) -> None:
     """demo.yaml with something else anywhere in it."""
     path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(yaml.safe_dump(_replaced(yaml.safe_load(DEMO.read_text()), place, replacement)))
+    path.write_text(yaml.safe_dump(_replaced(yaml.safe_load(DEMO_CONFIG.read_text()), place, replacement)))
     loads_or_refuses(path)
 
 
@@ -298,8 +298,8 @@ def test_any_file_is_a_config_or_refused_in_one_line(
 @example(keys=["router", "kv_cache"], value="")
 @example(keys=["model", "name", "x"], value="1")
 def test_any_set_is_a_config_or_refused_in_one_line(keys: list[str], value: str) -> None:
-    loads_or_refuses(DEMO, f"{'.'.join(keys)}={value}")
-    loads_or_refuses(DEMO, value)
+    loads_or_refuses(DEMO_CONFIG, f"{'.'.join(keys)}={value}")
+    loads_or_refuses(DEMO_CONFIG, value)
 
 
 def _replaced(tree: Any, place: list[int], replacement: Any) -> Any:
@@ -329,7 +329,7 @@ def refusal(path: Path, *overrides: str) -> str:
 
 def changed(folder: Path, change: Any) -> Path:
     """demo.yaml after a change of the plain dict."""
-    config = yaml.safe_load(DEMO.read_text())
+    config = yaml.safe_load(DEMO_CONFIG.read_text())
     change(config)
     path = folder / "changed.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from deploy.cli import cluster, launch, loading
 from deploy.cli.cluster import Application, ClusterGone, first_and_last_line, refuse_to_share, stop_fleet
 from deploy.cli.readiness import LaunchError
 from deploy.config import load
+from tests.support.places import DEMO_CONFIG
 
-DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
-CHECKED, RAW = load(DEMO)
+CHECKED, RAW = load(DEMO_CONFIG)
 SCHEMA = ServeDeploySchema.model_validate(RAW)
 HTTP = SCHEMA.http_options.model_dump()
 

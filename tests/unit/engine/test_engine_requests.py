@@ -4,7 +4,6 @@ import gc
 import json
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from router.config import RouterConfig
 from router.request import Request, SamplingParams
 from router.text.tokenizer import Tokenizer
 from tests.support.in_process import Joined, in_process
+from tests.support.places import DEMO_MODEL
 
-DEMO = Path(__file__).parents[3] / "configs" / "demo-model"
-TOKENIZER = Tokenizer(DEMO)
+TOKENIZER = Tokenizer(DEMO_MODEL)
 PROMPT = tuple(TOKENIZER.encode("def add(a, b):\n"))
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -26,7 +25,7 @@ def answer(params: SamplingParams, prompt: tuple[int, ...] = PROMPT, **options: 
 
 
 def answers(*requests: Request, config: RouterConfig | None = None) -> dict[str, Joined]:
-    with in_process(DEMO, num_shards=1, config=config) as server:
+    with in_process(DEMO_MODEL, num_shards=1, config=config) as server:
         return server.run(requests)
 
 
@@ -92,7 +91,7 @@ def test_a_time_limit_leaves_what_there_is() -> None:
 
 def test_how_much_of_a_prompt_was_known() -> None:
     prompt = PROMPT * 10
-    with in_process(DEMO, num_shards=1) as server:
+    with in_process(DEMO_MODEL, num_shards=1) as server:
         first = server.run([Request("first", prompt, GREEDY)])["first"]
         second = server.run([Request("second", prompt, GREEDY)])["second"]
     assert (first.num_cached, second.num_cached) == (0, (len(prompt) - 1) // 16 * 16)
@@ -139,7 +138,7 @@ def test_grammars_and_free_texts_share_steps(plain: Joined) -> None:
 def test_a_wrong_grammar_is_refused_before_it_is_queued() -> None:
     wrong = replace(GREEDY, grammar=LLMatcher.grammar_from_lark("start: nothing"))
     with (
-        in_process(DEMO, num_shards=1) as server,
+        in_process(DEMO_MODEL, num_shards=1) as server,
         pytest.raises(ValueError, match=r"grammar: .*unknown name"),
     ):
         server.engine.prepare(Request("x", PROMPT, wrong))
@@ -148,7 +147,7 @@ def test_a_wrong_grammar_is_refused_before_it_is_queued() -> None:
 @pytest.mark.parametrize("timeout_s", [None, 600.0])
 def test_who_has_ended_is_forgotten(timeout_s: float | None) -> None:
     """Also before its time is up: a server that runs for months must not collect them."""
-    with in_process(DEMO, num_shards=1) as server:
+    with in_process(DEMO_MODEL, num_shards=1) as server:
         prepared = server.engine.prepare(Request("one", PROMPT, GREEDY, timeout_s=timeout_s))
         server.answers["one"] = Joined()
         server.engine.submit(prepared)

@@ -9,9 +9,10 @@ from router.cache.fp8 import E4M3, dequantize, quantize
 from router.cache.kv_cache import KVCache, num_blocks_for, stored_dtype
 from router.config import KVCacheConfig, RouterConfig
 from router.text.tokenizer import Tokenizer
-from tests.bench.perplexity import DEMO, FP8, HELDOUT
+from tests.bench.perplexity import FP8
 from tests.support.in_process import greedy, in_process
 from tests.support.paged import shape_of
+from tests.support.places import DEMO_MODEL, HELDOUT
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_depend_on_neither_company_nor_cuts_nor_preemption_nor_the_prefix_cache() -> None:
     """Every prompt attends to what is kept of its keys and values, even where it computes them all in one step."""
-    tokens = Tokenizer(DEMO).encode(HELDOUT.read_text())
+    tokens = Tokenizer(DEMO_MODEL).encode(HELDOUT.read_text())
     prompts = [tokens[1000 * n : 1000 * n + length] for n, length in enumerate((3, 17, 64, 150, 301))]
     requests = [greedy(str(n), prompt, num_tokens=24) for n, prompt in enumerate(prompts)]
     small = FP8.model_copy(update={"memory_gib": 38.5 * 16 * 6 * 2 * 2 * (64 + 4) / 2**30})
@@ -88,7 +89,7 @@ def test_tokens_depend_on_neither_company_nor_cuts_nor_preemption_nor_the_prefix
         RouterConfig(kv_cache=FP8, max_requests=8, max_batch_tokens=19),
         RouterConfig(kv_cache=small),
     ):
-        with in_process(DEMO, num_shards=2, config=config) as server:
+        with in_process(DEMO_MODEL, num_shards=2, config=config) as server:
             for some in (requests, *([one] for one in requests)):  # the same again, alone
                 server.run(some)
                 answers += [(one.id, server.answers[one.id].tokens) for one in some]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +11,8 @@ from router.request import Request
 from router.text.tokenizer import Tokenizer
 from tests.support.in_process import Joined, faulty, greedy, in_process
 from tests.support.oracle import Continuation, Oracle, assert_same_tokens
+from tests.support.places import DEMO_MODEL, HELDOUT
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "configs" / "demo-model"
-HELDOUT = ROOT / "tests" / "data" / "heldout.txt"
 NUM_TOKENS = 200
 LENGTHS = (3, 5, 8, 15, 16, 17, 33, 64, 150, 257, 480, 700)
 CHATS = ("Write a function that reverses a string.", "What does this do?\n\nfor i in range(10): print(i)")
@@ -24,7 +21,7 @@ CHATS = ("Write a function that reverses a string.", "What does this do?\n\nfor 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Pieces of the held-out text from all over it, and two chats."""
-    tokenizer = Tokenizer(DEMO)
+    tokenizer = Tokenizer(DEMO_MODEL)
     tokens = tokenizer.encode(HELDOUT.read_text())
     starts = range(0, len(tokens), len(tokens) // len(LENGTHS))
     pieces = [tokens[start : start + length] for start, length in zip(starts, LENGTHS, strict=False)]
@@ -33,7 +30,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[list[int]]) -> list[Continuation]:
-    return Oracle(DEMO).generate(prompts, NUM_TOKENS)
+    return Oracle(DEMO_MODEL).generate(prompts, NUM_TOKENS)
 
 
 def requests_of(prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[Request]:
@@ -66,7 +63,7 @@ def pool(num_blocks: int, *, block_size: int) -> KVCacheConfig:
 def test_any_number_of_shards(
     num_shards: int, num_tokens: int, prompts: list[list[int]], expected: list[Continuation]
 ) -> None:
-    with in_process(DEMO, num_shards=num_shards) as server:
+    with in_process(DEMO_MODEL, num_shards=num_shards) as server:
         answers = server.run(requests_of(prompts, num_tokens=num_tokens))
     assert_all_same(answers, expected, num_tokens=num_tokens)
 
@@ -78,7 +75,7 @@ def test_prompts_in_parts(
     config = RouterConfig(
         max_requests=16, max_batch_tokens=max_batch_tokens, kv_cache=KVCacheConfig(block_size=block_size)
     )
-    with in_process(DEMO, num_shards=2, config=config) as server:
+    with in_process(DEMO_MODEL, num_shards=2, config=config) as server:
         answers = server.run(requests_of(prompts, num_tokens=8))
     assert_all_same(answers, expected, num_tokens=8)
 
@@ -87,7 +84,7 @@ def test_prompts_in_parts(
 def test_preemption(max_batch_tokens: int, prompts: list[list[int]], expected: list[Continuation]) -> None:
     short, expected = prompts[:9], expected[:9]
     config = RouterConfig(max_requests=16, max_batch_tokens=max_batch_tokens, kv_cache=pool(24, block_size=8))
-    with in_process(DEMO, num_shards=2, config=config) as server:
+    with in_process(DEMO_MODEL, num_shards=2, config=config) as server:
         answers = server.run(requests_of(short, num_tokens=24))
         assert server.engine.preempted
     assert_all_same(answers, expected, num_tokens=24)
@@ -99,7 +96,7 @@ def test_prefixes_that_were_computed_before(
 ) -> None:
     """Every prompt again, once its first answer is there, beside others that have begun before."""
     config = RouterConfig(max_requests=16, max_batch_tokens=max_batch_tokens)
-    with in_process(DEMO, num_shards=2, config=config) as server:
+    with in_process(DEMO_MODEL, num_shards=2, config=config) as server:
         server.run(requests_of(prompts, num_tokens=2))
         num_computed_before = server.engine.status().num_cached
         answers = server.run(requests_of(prompts, num_tokens=20))
@@ -112,7 +109,7 @@ def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Con
     """Late requests join, running and waiting ones leave, and four rows are too few for all."""
     config = RouterConfig(max_requests=4, max_batch_tokens=128, kv_cache=pool(60, block_size=16))
     requests = requests_of(prompts, num_tokens=20)
-    with in_process(DEMO, num_shards=3, config=config) as server:
+    with in_process(DEMO_MODEL, num_shards=3, config=config) as server:
         for step, request in enumerate(requests[3:], start=2):
             server.engine.at_step[step] = partial(server.submit, request)
         server.engine.at_step[4] = partial(server.cancel, "1")
@@ -134,7 +131,7 @@ def test_arrivals_and_cancellations(prompts: list[list[int]], expected: list[Con
 def test_a_lost_shard(faults: list[Fault], prompts: list[list[int]], expected: list[Continuation]) -> None:
     """Chunked prompts and preemption too, so that all sorts of steps are run again."""
     config = RouterConfig(max_requests=40, max_batch_tokens=40, kv_cache=pool(21, block_size=8))
-    with in_process(DEMO, num_shards=3, config=config, fabric=partial(faulty, faults=faults)) as server:
+    with in_process(DEMO_MODEL, num_shards=3, config=config, fabric=partial(faulty, faults=faults)) as server:
         answers = server.run(requests_of(prompts[:9], num_tokens=12))
         assert len(server.losses) == len(faults)
         assert server.engine.preempted
@@ -153,7 +150,7 @@ def test_what_is_asked_while_a_shard_is_away(prompts: list[list[int]], expected:
         server.submit(requests[8])
 
     fabric = partial(faulty, faults=[Lost(rank=1, step=5, layer=2)])
-    with in_process(DEMO, num_shards=2, config=config, fabric=fabric) as server:
+    with in_process(DEMO_MODEL, num_shards=2, config=config, fabric=fabric) as server:
         server.at_loss = meanwhile
         answers = server.run(requests[:8])
     assert_all_same(answers, expected, num_tokens=12, cancelled=("2", "7"))

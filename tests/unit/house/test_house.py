@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.support.places import ROOT
+
 ROOMS = ("deploy", "experts", "router")
 
 WINGS = (

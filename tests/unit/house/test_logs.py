@@ -4,9 +4,8 @@ import json
 import subprocess
 import sys
 from datetime import datetime
-from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from tests.support.places import ROOT
 
 
 def test_our_info_lines_come_out_once_and_others_do_not() -> None:

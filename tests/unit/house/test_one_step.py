@@ -2,14 +2,12 @@
 
 import sys
 from collections import Counter
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tests.support.in_process import greedy, in_process
+from tests.support.places import DEMO_MODEL, ROOT
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "configs" / "demo-model"
 ROOMS = tuple(f"{ROOT / room}/" for room in ("deploy", "router", "experts"))
 
 MAX_FILES = 18
@@ -40,7 +38,7 @@ class Walk:
 
 
 def test_a_decode_step_is_a_short_walk() -> None:
-    with in_process(DEMO, num_shards=2) as server:
+    with in_process(DEMO_MODEL, num_shards=2) as server:
         server.engine.checked = False
         server.submit(greedy("one", range(1, 20), num_tokens=50))
         for _ in range(5):  # the prompt, then decoding

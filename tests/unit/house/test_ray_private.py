@@ -13,8 +13,8 @@ from ray.util.metrics import Counter
 from deploy import ray_private
 from deploy.app import IngressReplica
 from deploy.cli.main import RAY_SETTINGS
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parents[3]
 PRIVATE = ROOT / "deploy" / "ray_private.py"
 FILES = sorted(path for path in (ROOT / "deploy").rglob("*.py") if path != PRIVATE)
 

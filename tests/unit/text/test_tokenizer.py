@@ -14,15 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from router.request import SamplingParams
 from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import Tokenizer, eos_token_ids, sampling_defaults
+from tests.support.places import DEMO_MODEL
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "configs" / "demo-model"
 UNFINISHED = "\ufffd"
 
 
 @pytest.fixture(scope="module")
 def demo() -> Tokenizer:
-    return Tokenizer(DEMO)
+    return Tokenizer(DEMO_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +178,7 @@ def test_chat(demo: Tokenizer) -> None:
 
 def with_template(folder: Path, template: str) -> Tokenizer:
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_text((DEMO / file).read_text())
+        (folder / file).write_text((DEMO_MODEL / file).read_text())
     (folder / "chat_template.jinja").write_text(template)
     return Tokenizer(folder)
 

@@ -1,7 +1,5 @@
 """Fabric `local`: it converts what a wire would convert, and ends as a wire ends."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,21 +7,21 @@ from experts.fabric import Aborted
 from experts.fabric.local import LocalFabric, local_membership
 from tests.support.fake_shard import CPU, begin
 from tests.support.in_process import placement_of, shards_of
+from tests.support.places import DEMO_MODEL
 
-DEMO = Path(__file__).parents[3] / "configs" / "demo-model"
-MEMBERS = local_membership(placement_of(DEMO, 2))
+MEMBERS = local_membership(placement_of(DEMO_MODEL, 2))
 IDS_TK = torch.tensor([[0, 5], [3, 1], [2, 9]], dtype=torch.int32)
 W_TK = torch.tensor([[0.25, 0.75]]).repeat(3, 1)
 
 
 def linked(dtype: torch.dtype) -> LocalFabric:
-    fabric = LocalFabric(shards_of(DEMO, 2, "torch", dtype, CPU))
+    fabric = LocalFabric(shards_of(DEMO_MODEL, 2, "torch", dtype, CPU))
     fabric.connect(MEMBERS, timeout_s=1)
     return fabric
 
 
 def rows(dtype: torch.dtype) -> torch.Tensor:
-    hidden = shards_of(DEMO, 2, "torch", dtype, CPU)[0].shape.hidden
+    hidden = shards_of(DEMO_MODEL, 2, "torch", dtype, CPU)[0].shape.hidden
     return torch.randn(3, hidden, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
@@ -37,7 +35,7 @@ def test_shards_compute_in_their_own_dtype(trunk: torch.dtype, shard: torch.dtyp
     out_TD = torch.full_like(x_TD, torch.nan)
     fabric.combine(fabric.dispatch(0, x_TD, IDS_TK, W_TK), out_TD)
     as_the_wire_does = torch.zeros(x_TD.shape)
-    for one in shards_of(DEMO, 2, "torch", shard, CPU):
+    for one in shards_of(DEMO_MODEL, 2, "torch", shard, CPU):
         partial_TD = torch.empty(x_TD.shape, dtype=shard)
         one.forward(0, x_TD.to(shard), IDS_TK, W_TK, out_TD=partial_TD)
         as_the_wire_does += partial_TD
@@ -63,9 +61,9 @@ def test_after_abort_every_call_raises_until_connect_and_after_close_for_ever() 
 
 
 def test_one_shard_of_the_same_dtype_writes_into_the_callers_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    (shard,) = shards_of(DEMO, 1, "torch", torch.float32, CPU)
+    (shard,) = shards_of(DEMO_MODEL, 1, "torch", torch.float32, CPU)
     fabric, x_TD = LocalFabric([shard]), rows(torch.float32)
-    fabric.connect(local_membership(placement_of(DEMO, 1)), timeout_s=1)
+    fabric.connect(local_membership(placement_of(DEMO_MODEL, 1)), timeout_s=1)
     out_TD, written = torch.empty_like(x_TD), []
     monkeypatch.setattr(shard, "forward", lambda *args, out_TD: written.append(out_TD))
     fabric.combine(fabric.dispatch(0, x_TD, IDS_TK, W_TK), out_TD)
