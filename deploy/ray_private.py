@@ -61,7 +61,7 @@ def http_options(client: Any) -> dict[str, Any]:
     """Return the HTTP options that a running Serve instance was started with.
 
     They decide whether `sparkmoe serve` may use it. No public function returns them. If Ray changes it,
-    joining a cluster on which Serve runs fails at its start.
+    `sparkmoe serve` fails at its start where it joins a cluster on which Serve runs.
     """
     return client.http_config.model_dump()
 
@@ -91,9 +91,9 @@ def deploy_file(client: Any, schema: "ServeDeploySchema") -> None:
 def delete_applications(client: Any, names: Sequence[str]) -> None:
     """Tell Serve to delete these applications, and return before it has done so.
 
-    The public `serve.delete` blocks for up to a minute unless the underscored `_blocking` is set. If Ray
-    changes it, an application stays on a cluster that `sparkmoe serve` has joined, and a line on the terminal
-    says so.
+    The public `serve.delete` blocks for up to a minute unless its underscored `_blocking` is set. If Ray
+    changes it, `sparkmoe serve` ends with a traceback, and leaves its application on a cluster that it has
+    joined.
     """
     client.delete_apps(list(names), blocking=False)
 
@@ -103,8 +103,8 @@ def shut_serve_down(client: Any, *, timeout_s: float) -> None:
 
     Raises RayError if that takes longer than timeout_s. The public `serve.shutdown` repeats its call to the
     controller until it succeeds, which the controller that ends never lets it, and prints that to the
-    terminal. If Ray changes it, `sparkmoe serve` says on the terminal that Serve did not stop in order; a
-    cluster of its own ends all the same.
+    terminal. If Ray changes it, `sparkmoe serve` ends with a traceback, and leaves Serve on a cluster that it
+    has joined; one of its own ends all the same.
     """
     import ray
     from ray.exceptions import RayActorError

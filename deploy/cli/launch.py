@@ -64,7 +64,7 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
 def check(config: ServeFile, *, address: str) -> None:
     """Raise ValueError or LaunchError for what can be known to fail before anything is started.
 
-    Looked at are the checkpoint, the API keys, the port (unless a Serve that runs may hold it), and whether a
+    It looks at the checkpoint, the API keys, the port (unless a Serve that runs may hold it), and whether a
     cluster answers at the address.
     """
     application = config.applications[0]

@@ -47,7 +47,7 @@ class Fleet:
     def __init__(
         self, app: str, *, lease_s: float, log_format: LogFormat = "text", shards: RayShards | None = None
     ) -> None:
-        """Called in that event loop.
+        """Start to watch the leases; called in that event loop.
 
         lease_s: how long it waits for its first router, also when it is restarted.
         """

@@ -74,7 +74,7 @@ class ChatShape:
         return 0
 
     def _finish_reason(self, finish: FinishReason | None, *, called: bool) -> str | None:
-        """Return OpenAI's word.
+        """Return OpenAI's word for the reason to finish.
 
         A tool call that the length limit cut off is no "tool_calls", for it must not be run.
         """
