@@ -1,5 +1,4 @@
-"""The room that deploys sparkmoe: configs, the Serve application, the Fleet, the HTTP endpoint and the
-command line.
+"""The room that deploys sparkmoe: config, Serve application, Fleet, HTTP endpoint and command line.
 
 Only this room knows Ray, HTTP and YAML.
 """

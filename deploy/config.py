@@ -31,14 +31,15 @@ class ModelConfig(Config):
 
 
 class FleetConfig(Config):
-    """How the Fleet keeps the expert shards."""
+    """The settings of the Fleet, which keeps the expert shards."""
 
     lease_s: float = Field(default=60.0, ge=5)
     """Shards outlive a dead router by this many seconds; a new router that comes in time takes them over."""
 
     shard_resources: dict[str, Amount] = Field(default_factory=dict)
-    """The resources that Ray reserves for one shard, e.g. {GPU: 1}; empty reserves a GPU where the cluster
-    has any.
+    """The resources that Ray reserves for one shard, e.g. {GPU: 1}.
+
+    Empty reserves a GPU where the cluster has any.
     """
 
     start_timeout_s: float = Field(default=1800.0, gt=0)
@@ -46,8 +47,9 @@ class FleetConfig(Config):
 
 
 class AppArgs(Config):
-    """The `args` of the application; they are fixed for the life of a router, because Serve restarts it when
-    they change.
+    """The `args` of the application.
+
+    They are fixed for the life of a router, because Serve restarts it when they change.
     """
 
     model: ModelConfig
@@ -67,8 +69,10 @@ class HttpOptions(Config):
     """The options of Serve's HTTP proxies."""
 
     host: str = "127.0.0.1"
-    """The address to listen on. Serve's own default for a file is 0.0.0.0; ours is this machine only, because
-    the endpoint asks for no key unless told to.
+    """The address to listen on.
+
+    Serve's own default for a file is 0.0.0.0; ours is this machine only, because the endpoint asks for no key
+    unless told to.
     """
 
     port: int = Field(default=8000, ge=1, le=65535)

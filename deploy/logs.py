@@ -33,10 +33,9 @@ def configure(log_format: LogFormat) -> None:
 
 
 def handler(log_format: LogFormat, stream: TextIO | None = None) -> logging.Handler:
-    """Return a handler that writes a line for every record, with `json` an object, to the stream or else to
-    stderr.
+    """Return a handler that writes every record as a line, to the given stream or to stderr.
 
-    A caller's `extra={"fields": {...}}` adds members to the object.
+    With `json` the line is an object, to which a caller's `extra={"fields": {...}}` adds members.
     """
     writer = logging.StreamHandler(stream)
     writer.setFormatter(_Json() if log_format == "json" else _Text())
@@ -44,8 +43,9 @@ def handler(log_format: LogFormat, stream: TextIO | None = None) -> logging.Hand
 
 
 class _Text(logging.Formatter):
-    """A formatter that escapes what is not printable: text from clients must not end a line or move a
-    terminal's cursor.
+    """A formatter that escapes what is not printable.
+
+    A message may hold text from clients, which must not end the line or move a terminal's cursor.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:

@@ -1,4 +1,4 @@
-"""Every use that deploy/ makes of Ray's private names, each with the reason; no other file touches one.
+"""The one file of deploy/ that uses Ray's private names, each with the reason.
 
 Ray may change a private name in any release, so pyproject.toml pins Ray to one minor version, and
 tests/unit/house/test_ray_private.py pins what each function relies on. Ray is imported inside the functions:
@@ -14,13 +14,12 @@ if TYPE_CHECKING:
     from ray.util.metrics import Counter
 
 BUILD_ASGI_APP = "__serve_build_asgi_app__"
-"""Name of the method that Serve calls, after the constructor and in the replica's event loop, for a
-deployment's ASGI app.
+"""The name of the method by which a replica builds its ASGI app.
 
-deploy.app.IngressReplica has to define it under exactly this name. Only the docstring of `serve.ingress`
-mentions it; the documented ways pass an app or a function without arguments, and ours needs the replica's
-handle to the router. If Ray renames it, `serve.ingress()(IngressReplica)` raises ValueError while the
-application is built.
+Serve calls it after the constructor, in the replica's event loop. deploy.app.IngressReplica has to define it
+under exactly this name. Only the docstring of `serve.ingress` mentions it; the documented ways pass an app or
+a function without arguments, and ours needs the replica's handle to the router. If Ray renames it,
+`serve.ingress()(IngressReplica)` raises ValueError while the application is built.
 """
 
 
@@ -62,7 +61,7 @@ def http_options(client: Any) -> dict[str, Any]:
     """Return the HTTP options that a running Serve instance was started with.
 
     They decide whether `sparkmoe serve` may use it. No public function returns them. If Ray changes it,
-    joining a cluster on which Serve runs fails at its start.
+    `sparkmoe serve` fails at its start where it joins a cluster on which Serve runs.
     """
     return client.http_config.model_dump()
 
@@ -80,11 +79,11 @@ def serve_details(client: Any, *, timeout_s: float | None) -> dict[str, Any]:
 
 
 def deploy_file(client: Any, schema: "ServeDeploySchema") -> None:
-    """Deploy the applications of a Serve config file, as `serve deploy FILE` does; delete those that it does
-    not name.
+    """Deploy the applications of a Serve config file, as `serve deploy FILE` does.
 
-    The public `serve.run` takes an application object, not a file; the REST API that takes one needs Ray's
-    dashboard. If Ray changes it, `sparkmoe serve` fails when it deploys.
+    Applications that the file does not name are deleted. The public `serve.run` takes an application object,
+    not a file; the REST API that takes one needs Ray's dashboard. If Ray changes it, `sparkmoe serve` fails
+    when it deploys.
     """
     client.deploy_apps(schema)
 
@@ -92,20 +91,20 @@ def deploy_file(client: Any, schema: "ServeDeploySchema") -> None:
 def delete_applications(client: Any, names: Sequence[str]) -> None:
     """Tell Serve to delete these applications, and return before it has done so.
 
-    The public `serve.delete` blocks for up to a minute unless the underscored `_blocking` is set. If Ray
-    changes it, an application stays on a cluster that `sparkmoe serve` has joined, and a line on the terminal
-    says so.
+    The public `serve.delete` blocks for up to a minute unless its underscored `_blocking` is set. If Ray
+    changes it, `sparkmoe serve` ends with a traceback, and leaves its application on a cluster that it has
+    joined.
     """
     client.delete_apps(list(names), blocking=False)
 
 
 def shut_serve_down(client: Any, *, timeout_s: float) -> None:
-    """Shut Serve down; return when its controller has ended. Raises RayError if that takes longer than
-    timeout_s.
+    """Shut Serve down, and return when its controller has ended.
 
-    The public `serve.shutdown` repeats its call to the controller until it succeeds, which the controller
-    that ends never lets it, and prints that to the terminal. If Ray changes it, `sparkmoe serve` says on the
-    terminal that Serve did not stop in order; a cluster of its own ends all the same.
+    Raises RayError if that takes longer than timeout_s. The public `serve.shutdown` repeats its call to the
+    controller until it succeeds, which the controller that ends never lets it, and prints that to the
+    terminal. If Ray changes it, `sparkmoe serve` ends with a traceback, and leaves Serve on a cluster that it
+    has joined; one of its own ends all the same.
     """
     import ray
     from ray.exceptions import RayActorError

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible endpoint over any engine: knows HTTP, and no Ray."""
+"""The OpenAI-compatible HTTP endpoint over any engine. It knows no Ray."""

@@ -1,4 +1,4 @@
-"""The engine as the ingress sees it, wherever it runs."""
+"""EngineClient: the engine as the ingress sees it, wherever it runs."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -10,21 +10,23 @@ from deploy.api.http.errors import ApiError
 from router.request import QueueFull, Request, RequestOutput
 
 RETRY_AFTER_S = 5.0
+"""Seconds after which a client may try again where no router serves (the Retry-After of a 503)."""
 
 
 class RouterLost(Exception):
-    """No router answers: it died, and the requests it held with it, or it has not started. str() says which."""
+    """No router answers: it died, and its requests with it, or it has not started. str() says which."""
 
 
 class Stopping(Exception):
-    """The server is to stop: it finishes what it has and takes nothing new."""
+    """The server is to stop: it finishes the requests that it has and takes no new ones."""
 
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether a token would come out now; if not, `reason` is a sentence.
+    """The state of the engine: whether it would generate a token now.
 
-    detail: plain JSON for people: epoch, shards, seconds since the last step.
+    reason: a sentence why not, else "". detail: plain JSON for people: epoch, shards, seconds since the last
+    step.
     """
 
     ready: bool
@@ -34,44 +36,54 @@ class Readiness:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the engine. max_model_len: tokens of a prompt and its answer together. max_requests: running and waiting."""
+    """The limits of the engine.
+
+    max_model_len: tokens of a prompt and its answer together. max_requests: running and waiting ones
+    together.
+    """
 
     max_model_len: int
     max_requests: int
 
 
 class EngineClient(Protocol):
-    """What the ingress asks of the engine."""
+    """A client of the engine, with what the ingress needs."""
 
     def limits(self) -> Limits:
-        """Of the engine that serves, or served last. Raises RouterLost while none has been reached yet."""
+        """Return the limits of the engine that serves, or served last.
+
+        Raises RouterLost before one was reached.
+        """
         ...
 
     def check_room(self) -> None:
-        """Cheap, before anything else: raises QueueFull if this client alone has filled the engine, or RouterLost.
+        """Raise QueueFull if this client alone has filled the engine, or RouterLost.
 
-        Where it does not raise, the engine may refuse all the same.
+        It costs next to nothing, so the ingress calls it before anything else. Where it does not raise, the
+        engine may refuse all the same.
         """
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs until one has `finish`. Closing it, or cancelling the task that reads it, cancels the request.
+        """Submit a request and yield its outputs, the last of which has `finish`.
 
-        Raises QueueFull, RouterLost, Stopping, and ValueError for a request that can never run.
+        Closing the generator, or cancelling the task that reads it, cancels the request. Raises QueueFull,
+        RouterLost, Stopping, and ValueError for a request that can never run.
         """
         ...
 
     async def ready(self) -> Readiness:
-        """Raises RouterLost."""
+        """Return whether the engine would generate a token now. Raises RouterLost."""
         ...
 
 
 async def generate_all(
     client: EngineClient, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """The outputs of several requests as they come, each with its request's place in `requests`.
+    """Yield the outputs of several requests as they come, each with its request's place in `requests`.
 
-    Closing it, or an error in one of them, closes them all. Raises ApiError for what the engine refuses or loses.
+    Closing it, or an error in one of them, cancels them all. Raises ApiError for what the engine refuses or
+    loses.
     """
     if len(requests) == 1:  # the usual case needs neither tasks nor a queue
         async with aclosing(_outputs(client, requests[0])) as outputs:
@@ -100,16 +112,17 @@ async def _read(
     index: int,
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception],
 ) -> None:
+    """Put one request's outputs, or its error, into the queue."""
     try:
         async with aclosing(_outputs(client, request)) as outputs:
             async for output in outputs:
                 queue.put_nowait((index, output))
-    except Exception as error:  # noqa: BLE001 raised again by who reads the queue
+    except Exception as error:  # noqa: BLE001 the reader of the queue raises it again
         queue.put_nowait(error)
 
 
 async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[RequestOutput, None]:
-    """One request's outputs, the last one with a finish; the engine's errors as answers."""
+    """Yield one request's outputs, the last one with a finish. Raises the engine's errors as ApiError."""
     async with aclosing(client.generate(request)) as outputs:
         try:
             async for output in outputs:
@@ -130,14 +143,16 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
 
 
 def too_many(error: QueueFull) -> ApiError:
+    """Return the answer to a request for which the engine has no room (429)."""
     message = "Too many requests are waiting; try again later."
     return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
 
 
 def no_router(error: RouterLost) -> ApiError:
+    """Return the answer to a request while no router serves (503)."""
     return _unavailable(f"No router is serving; if one died, the requests it held were lost with it: {error}")
 
 
 def _unavailable(message: str) -> ApiError:
-    """Nothing is wrong with the request: it may be sent again."""
+    """Return a 503: nothing is wrong with the request, which may be sent again."""
     return ApiError(503, message, retry_after_s=RETRY_AFTER_S)

@@ -1,4 +1,7 @@
-"""The OpenAI-compatible endpoint. It holds no state: any number of them may stand before one engine."""
+"""Ingress: the handlers of the OpenAI-compatible endpoint.
+
+They hold no state: any number of ingresses may serve one engine.
+"""
 
 import asyncio
 import logging
@@ -45,7 +48,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 class Tokenizer(Vocabulary, TokenizerLike, Protocol):
-    """What the ingress needs of router.tokenizer.Tokenizer."""
+    """The part of router.text.tokenizer.Tokenizer that the ingress needs."""
 
     @property
     def chat_template(self) -> str: ...
@@ -53,7 +56,7 @@ class Tokenizer(Vocabulary, TokenizerLike, Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the ingress must know of the model. defaults: of sampling, for what a request does not say."""
+    """The model that the ingress serves. defaults: the sampling parameters that a request does not give."""
 
     name: str
     vocab_size: int
@@ -62,7 +65,11 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class _EngineInputs:
-    """A body's prompts as tokens, the shape of its answer, and the grammar that every choice has to be of."""
+    """A body prepared for the engine.
+
+    prompts: as token ids. shape: that of the answer. grammar: the one that every choice has to follow, None
+    for none.
+    """
 
     prompts: list[list[int]]
     shape: Shape
@@ -70,7 +77,7 @@ class _EngineInputs:
 
 
 class Ingress:
-    """The routes. timeout_s: of every request, None for as long as it takes."""
+    """The handlers of all routes. timeout_s: the limit of every request, None for none."""
 
     def __init__(
         self, client: EngineClient, *, tokenizer: Tokenizer, model: ServedModel, timeout_s: float | None
@@ -83,16 +90,18 @@ class Ingress:
         self._created = int(time.time())
 
     async def chat_completions(self, http: HttpRequest) -> Response:
+        """Answer a chat."""
         self._check_room()
         body = _parse(ChatCompletionRequest, await http.body())
         self._check_model(body.model)
         limits = self._limits()
         _check_count(body.n, limits, param="n")
-        # In a thread: a long prompt, or a grammar, must not hold up everybody's streams.
+        # In a thread, because a long prompt, or a grammar, must not hold up everybody's streams.
         inputs = await asyncio.to_thread(self._chat_inputs, body, limits)
         return await self._answer(body, inputs)
 
     async def completions(self, http: HttpRequest) -> Response:
+        """Continue a text."""
         self._check_room()
         body = _parse(CompletionRequest, await http.body())
         self._check_model(body.model)
@@ -102,6 +111,7 @@ class Ingress:
         return await self._answer(body, inputs)
 
     async def tokenize(self, http: HttpRequest) -> Response:
+        """Return the tokens of a text or a chat."""
         body = _parse(TokenizeRequest, await http.body())
         self._check_model(body.model or self._model.name)
         most = self._limits().max_model_len
@@ -112,7 +122,7 @@ class Ingress:
         return _json_response(answer)
 
     async def detokenize(self, http: HttpRequest) -> Response:
-        """The text of tokens, special ones among them."""
+        """Return the text of tokens, including that of special ones."""
         body = _parse(DetokenizeRequest, await http.body())
         self._check_model(body.model or self._model.name)
         self._check_ids(body.tokens, param="tokens")
@@ -120,21 +130,24 @@ class Ingress:
         return _json_response({"prompt": prompt})
 
     async def models(self) -> Response:
+        """List the one model that is served."""
         return _json_response({"object": "list", "data": [self._description()]})
 
     async def model(self, name: str) -> Response:
+        """Describe the model that is served."""
         self._check_model(name)
         return _json_response(self._description())
 
     async def version(self) -> Response:
+        """Return the version of sparkmoe."""
         return _json_response({"version": version()})
 
     async def health(self) -> Response:
-        """This process is alive; says nothing about the engine."""
+        """Answer as long as this process lives. Says nothing about the engine."""
         return _json_response({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Whether a request would be served now, for load balancers; and why not, for people."""
+        """Tell load balancers whether a request would be served now, and people why not."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 state = await self._client.ready()
@@ -207,7 +220,7 @@ class Ingress:
     def _check_prompt(
         self, prompt: list[int], limits: Limits, *, param: str, token_limit: int | None
     ) -> None:
-        """Whatever passes, the engine can run: it does not look at the ids again."""
+        """Raise ApiError for a prompt that the engine cannot run; the engine does not look at the ids again."""
         if not prompt:
             raise ApiError(400, "The prompt is empty.", param=param)
         self._check_ids(prompt, param=param)
@@ -227,7 +240,10 @@ class Ingress:
             raise ApiError(400, message, param=param)
 
     def _check_room(self) -> None:
-        """First of all: a server that is full must not spend its time on refusals."""
+        """Raise ApiError if the engine is full or lost.
+
+        Handlers call it first, because a server that is full must not spend its time on refusals.
+        """
         try:
             self._client.check_room()
         except QueueFull as error:
@@ -275,7 +291,7 @@ def _requests(
     *,
     timeout_s: float | None,
 ) -> list[Request]:
-    """n requests for each prompt; their places are the choices' indices."""
+    """Return n requests for each prompt; a request's place in the list is the index of its choice."""
     try:
         params = [body.sampling(choice, defaults, grammar=inputs.grammar) for choice in range(body.n)]
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
@@ -296,7 +312,7 @@ def _requests(
 async def _events(
     reply: Reply, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
 ) -> AsyncGenerator[bytes, None]:
-    """The reply, output by output."""
+    """Yield the events of a reply, output by output."""
     async with aclosing(outputs):
         async for index, output in outputs:
             if event := reply.event(index, output):
@@ -305,7 +321,7 @@ async def _events(
 
 
 def _error_event(error: Exception) -> bytes:
-    """What a stream that has begun tells of its failure."""
+    """Return the last event of a stream that fails after it has begun."""
     if not isinstance(error, ApiError):
         logger.error("the stream failed", exc_info=error)
         error = INTERNAL_ERROR

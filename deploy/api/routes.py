@@ -1,4 +1,4 @@
-"""The endpoint as an ASGI application: its routes, and what stands before them."""
+"""The endpoint as an ASGI application: its routes, and the middleware before them."""
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -75,12 +75,15 @@ READY = Operation(
 def build_ingress(
     *, client: EngineClient, tokenizer: Tokenizer, model: ServedModel, config: ApiConfig
 ) -> FastAPI:
-    """Raises ValueError for a file of keys that cannot be read."""
+    """Return the endpoint as a FastAPI application.
+
+    Raises ValueError for a file of API keys that cannot be read.
+    """
     app = DescribedApp(model=model.name, keys=config.keys_file is not None)
     _add_routes(app, Ingress(client, tokenizer=tokenizer, model=model, timeout_s=config.request_timeout_s))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
-    # The innermost first.
+    # The middleware that is added last is the outermost.
     app.add_middleware(RequestGuard, max_body_bytes=config.max_body_mib * 2**20)
     if config.keys_file is not None:
         app.add_middleware(KeyGuard, keys=ApiKeys(config.keys_file))

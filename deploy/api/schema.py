@@ -1,4 +1,8 @@
-"""The endpoint's OpenAPI schema: routes parse their bodies themselves, so this says what they take and answer."""
+"""The endpoint's OpenAPI schema.
+
+The handlers parse their bodies themselves, so FastAPI does not know what they take and answer; this file
+tells it.
+"""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +33,7 @@ _EVENT = {
 }
 _NULL = {"type": "null"}
 _ALWAYS = (413, 500)
-"""What may befall any request."""
+"""Statuses that any request may be answered with."""
 
 
 class ErrorDetail(TypedDict):
@@ -40,7 +44,7 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorResponse(TypedDict):
-    """Of every status that is not 2xx; also the last event of a stream that fails."""
+    """The body of every answer that is not 2xx, and the last event of a stream that fails."""
 
     error: ErrorDetail
 
@@ -63,7 +67,10 @@ class Health(TypedDict):
 
 
 class ReadyReport(TypedDict):
-    """reason: a sentence why not, else "". detail: for people."""
+    """The answer of /ready.
+
+    reason: a sentence why the server is not ready, else "". detail: more, for people.
+    """
 
     ready: bool
     reason: str
@@ -76,9 +83,11 @@ class Version(TypedDict):
 
 @dataclass(frozen=True)
 class Operation:
-    """What the schema says of one route. answers: their shapes by status. errors: statuses beside those of every request.
+    """The description of one route for the schema.
 
-    streams: 200 may be a stream of events instead. example: of the body, without its model.
+    answers: the shapes of answers, by status. errors: error statuses beside those that any request may get.
+    body: the shape of the request's body. example: an example of it, without `model`. streams: 200 may be a
+    stream of events instead.
     """
 
     id: str
@@ -91,7 +100,10 @@ class Operation:
 
 
 class DescribedApp(FastAPI):
-    """A FastAPI whose schema has the bodies of its operations. model: the only one there is. keys: whether one is needed."""
+    """A FastAPI application whose schema describes the bodies of its operations.
+
+    model: the name of the only model that there is. keys: whether requests need an API key.
+    """
 
     def __init__(self, *, model: str, keys: bool) -> None:
         super().__init__(
@@ -106,6 +118,7 @@ class DescribedApp(FastAPI):
         self._bodies: list[type[BaseModel]] = []
 
     def add_operation(self, method: str, path: str, handler: Handler, operation: Operation) -> None:
+        """Add a route with its description."""
         guarded = self._keys and path not in OPEN_PATHS
         if operation.body is not None:
             self._bodies.append(operation.body)
@@ -121,6 +134,7 @@ class DescribedApp(FastAPI):
         )
 
     def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI schema, which is made at the first call."""
         if self.openapi_schema is None:
             schema = super().openapi()
             schema["components"]["schemas"] |= _body_schemas(self._bodies, model=self._model)
@@ -131,7 +145,10 @@ class DescribedApp(FastAPI):
 
 
 def _responses(operation: Operation, more: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
-    """In FastAPI's words."""
+    """Return the answers of an operation as FastAPI takes them.
+
+    more: error statuses beside those it names.
+    """
     errors = dict.fromkeys(sorted({*operation.errors, *more, *_ALWAYS}), ErrorResponse)
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": shape, "description": HTTPStatus(status).phrase}
@@ -153,7 +170,10 @@ def _request_body(operation: Operation, model: str) -> dict[str, Any]:
 
 
 def _body_schemas(bodies: list[type[BaseModel]], *, model: str) -> dict[str, Any]:
-    """By name. With what pydantic does not know: which models there are, and that null is the same as absent."""
+    """Return the schemas of bodies and their parts, by name.
+
+    Added is what pydantic does not know: which models there are, and that null is the same as absent.
+    """
     _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
     for body in bodies:
         found["$defs"][body.__name__]["properties"]["model"] = {"type": "string", "enum": [model]}
@@ -165,17 +185,18 @@ def _body_schemas(bodies: list[type[BaseModel]], *, model: str) -> dict[str, Any
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema that allows null, too."""
     if "anyOf" in schema:
         others = [choice for choice in schema["anyOf"] if choice != _NULL]
         return schema | {"anyOf": [*others, _NULL]}
     if not schema.keys() & {"type", "$ref", "enum"}:
-        return schema  # anything
+        return schema  # it allows anything already
     around = {key: schema[key] for key in ("title", "description", "default") if key in schema}
     return {"anyOf": [{key: schema[key] for key in schema.keys() - around.keys()}, _NULL], **around}
 
 
 def _drop_validation_errors(schema: dict[str, Any]) -> None:
-    """FastAPI's own answer to a path that it cannot parse: ours are strings."""
+    """Remove FastAPI's own answer to a path that it cannot parse: our paths hold only strings."""
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
     for path in schema["paths"].values():

@@ -26,8 +26,9 @@ ANSWER_S = 10.0
 """Seconds that the Serve controller or the Fleet may take to answer one call."""
 
 GONE_AFTER_S = 30.0
-"""A cluster that has not answered for this many seconds is given up; a Serve controller that died is back in
-a few.
+"""Seconds after which a cluster that does not answer is given up.
+
+A Serve controller that died is back in a few seconds.
 """
 
 DELETE_S = 60.0
@@ -139,8 +140,7 @@ def cluster(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def application(name: str, schema: ServeDeploySchema) -> Iterator[Application]:
-    """Deploy the application of a Serve config file; at the end of this context stop it, its shards and its
-    Fleet.
+    """Deploy the application of a Serve config file, and stop it, its shards and its Fleet at the end.
 
     Serve ends with it, unless Serve ran before. Raises LaunchError if Serve runs other applications, or with
     other options than the file's.
@@ -198,7 +198,7 @@ def stop_fleet(app: str) -> None:
     except ValueError:
         return  # there is no Fleet
     try:
-        # The Fleet's calls are repeated until they succeed, and this one never does, since the actor ends itself in it.
+        # Calls of the Fleet are repeated until they succeed, which this one never does: the actor ends itself in it.
         ray.get(fleet.shutdown.options(max_task_retries=0).remote(), timeout=ANSWER_S)
     except RayTaskError:
         raise
@@ -219,8 +219,9 @@ def check_listening(address: str) -> None:
 
 
 def first_and_last_line(message: str) -> str:
-    """Return the first and the last line of a message as one: what stands between them is a stack or a long
-    story.
+    """Return the first and the last line of a message as one.
+
+    What stands between them is a stack or a long story.
     """
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:1] + lines[1:][-1:])

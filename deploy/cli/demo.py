@@ -1,6 +1,4 @@
-"""The demo (`make demo`): start configs/demo.yaml, ask it two questions with the openai client, and stop it
-again.
-"""
+"""The demo (`make demo`): start configs/demo.yaml, ask it two questions, and stop it again."""
 
 import sys
 import time

@@ -1,6 +1,4 @@
-"""The work of `sparkmoe serve`: start a checked config on Ray, wait until a token comes, watch it, and stop
-everything.
-"""
+"""The work of `sparkmoe serve`: start a checked config on Ray, watch it, and stop everything again."""
 
 import re
 import signal
@@ -66,7 +64,7 @@ def launch(config: ServeFile, raw: dict[str, Any], *, address: str) -> None:
 def check(config: ServeFile, *, address: str) -> None:
     """Raise ValueError or LaunchError for what can be known to fail before anything is started.
 
-    Looked at are the checkpoint, the API keys, the port (unless a Serve that runs may hold it), and whether a
+    It looks at the checkpoint, the API keys, the port (unless a Serve that runs may hold it), and whether a
     cluster answers at the address.
     """
     application = config.applications[0]
@@ -101,10 +99,10 @@ def why_not_healthy(details: dict[str, Any]) -> str:
 
 
 def _wait_until_ready(config: ServeFile, app: Application) -> None:
-    """Wait until the server is ready; print why it is not, whenever that changes, and how far the shards have
-    loaded.
+    """Wait until the server is ready, and print why it is not whenever that changes.
 
-    Raises LaunchError if Serve gives up or it takes too long, ValueError for what only the user can mend.
+    How far the shards have loaded is shown, too. Raises LaunchError if Serve gives up or it takes too long,
+    and ValueError for what only the user can mend.
     """
     limit_s = config.applications[0].args.fleet.start_timeout_s + ROUTER_START_S
     ends = time.monotonic() + limit_s
@@ -192,8 +190,9 @@ def _check_port(http: HttpOptions) -> None:
 
 
 def _check_cluster(address: str) -> None:
-    """Raise LaunchError if nothing listens at the address: Ray itself would try for minutes, and log each
-    attempt.
+    """Raise LaunchError if nothing listens at the address.
+
+    Ray itself would try for minutes, and log each attempt.
     """
     try:
         check_listening(address)

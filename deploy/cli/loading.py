@@ -12,7 +12,9 @@ from experts.progress import LINE_S, Progress
 
 
 class Loading:
-    """Shows progress: on a terminal in one line that is rewritten and cleared at the end, elsewhere in a line
+    """The display of the shards' progress.
+
+    On a terminal it is one line, which is rewritten and cleared at the end of this context; elsewhere a line
     now and then.
     """
 
@@ -50,8 +52,9 @@ class Loading:
         self._written = True
 
     def _tell(self, loading: Mapping[int, Progress]) -> None:
-        """Print a line if a shard has come a tenth further, but none in the first LINE_S or sooner than that
-        after another.
+        """Print a line if a shard has come a tenth further.
+
+        None is printed in the first LINE_S, nor sooner than LINE_S after another.
         """
         now = time.monotonic()
         if self._line_at is None:

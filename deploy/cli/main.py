@@ -23,16 +23,15 @@ def _root() -> None:
 RAY_SETTINGS = {
     "RAY_AUTH_MODE": "token",  # unset, parts of a cluster disagree about it
     "RAY_memory_monitor_refresh_ms": "0",  # on unified memory it kills loading shards
-    # The engine has a thread of its own, so a replica's event loop need not be kept free of our code, and what replicas
-    # send each other need not become a Ray object: together a sixth more tokens/s at 16 streams.
+    # The engine has a thread of its own, so a replica's event loop need not be kept free of our code, and what
+    # replicas send each other need not become a Ray object: together a sixth more tokens/s at 16 streams.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
-"""Environment variables that `serve` starts Ray with, unless they are set already. Ray reads them when it is
-imported.
+"""Environment variables that `serve` starts Ray with, unless they are set already.
 
-All are documented by Ray.
+Ray reads them when it is imported. Its documentation has them all.
 """
 
 

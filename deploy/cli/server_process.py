@@ -29,8 +29,7 @@ def server_process(
     environment: Mapping[str, str] | None = None,
     start_timeout_s: float,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start a server and yield (URL, process) when it is ready. It takes a free port unless a setting names
-    one.
+    """Start a server and yield (URL, process) when it is ready, on a free port unless a setting names one.
 
     At the end of this context it is interrupted as by Ctrl-C, and killed if it does not stop within STOP_S:
     `returncode` is 0 if it stopped. Raises NotReady.

@@ -80,8 +80,9 @@ class HandleClient:
         self._listener = asyncio.get_running_loop().create_task(self._listen())
 
     async def stop(self) -> None:
-        """Detach from the router, which cancels what it still holds for us and need not wait for us when it
-        stops.
+        """Detach from the router.
+
+        It cancels what it still holds for us, and need not wait for us when it stops.
         """
         assert self._listener is not None
         self._listener.cancel()
@@ -147,8 +148,9 @@ class HandleClient:
     async def _withdraw(
         self, attachment: _Attachment, request_id: str, submitting: "asyncio.Task[None]"
     ) -> None:
-        """Cancel a request that nobody reads, after its submit has returned: a cancel that overtook it would
-        find nothing.
+        """Cancel a request that nobody reads, after its submit has returned.
+
+        A cancel that overtook the submit would find nothing.
         """
         await asyncio.wait([submitting])
         if not _refused(submitting) and not attachment.lost.done():
@@ -156,7 +158,7 @@ class HandleClient:
 
     async def _listen(self) -> None:
         while True:
-            name = f"ingress-{uuid.uuid4().hex[:8]}"  # new each time: a router cancels what it holds for the old name
+            name = f"ingress-{uuid.uuid4().hex[:8]}"  # a router cancels what it held for an old name
             batches: Any = self._stream.attach.remote(name)
             try:
                 await self._take(name, batches)
@@ -224,8 +226,9 @@ async def _answer_or_lost(response: Awaitable[T], attachment: _Attachment) -> T:
 
 
 def _detached_task(call: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-    """Start a task outside the context of the HTTP request, whose calls Serve would cancel together with the
-    request.
+    """Start a task outside the context of the HTTP request that it is for.
+
+    When a request is cancelled, Serve cancels the calls that were made in its context.
     """
     return asyncio.create_task(call, context=contextvars.Context())
 

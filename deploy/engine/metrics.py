@@ -113,8 +113,7 @@ class RouterMetrics:
         *,
         num_shards: int,
     ) -> None:
-        """Set the gauges, and add to the counters what the engine and its shards have counted since the last
-        call.
+        """Set the gauges, and add to the counters what the engine and its shards have counted since.
 
         shards: those that answer. The gauges of a shard that does not answer stay as they are, as long as its
         rank is below num_shards.
@@ -175,9 +174,7 @@ class _ShardMetrics:
 
 
 class _Growth:
-    """The growth of numbers that count from the start of a process, so that counters go on when it is
-    replaced.
-    """
+    """The growth of numbers that count from the start of a process; counters go on when it is replaced."""
 
     def __init__(self, before: Mapping[Hashable, float]) -> None:
         self._before = dict(before)

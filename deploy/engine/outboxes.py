@@ -25,11 +25,11 @@ class _Outbox:
 class Outboxes:
     """The outboxes of all ingresses, by name.
 
-    Lives in one event loop; its length is the number of running requests.
+    They live in one event loop. on_abandoned: called with the id of every unfinished request whose ingress
+    has gone.
     """
 
     def __init__(self, *, on_abandoned: Callable[[str], None]) -> None:
-        """on_abandoned: called with the id of every unfinished request whose ingress has gone."""
         self._on_abandoned = on_abandoned
         self._boxes: dict[str, _Outbox] = {}
         self._owner: dict[str, str] = {}  # ingress, by request

@@ -82,12 +82,11 @@ class RouterReplica:
             )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Adopt the deployment's `user_config`. Serve calls this before the replica is healthy and after
-        every change.
+        """Adopt the deployment's `user_config`.
 
-        The first call raises ValueError for a bad config. A later one must not, for Serve would stop the
-        router and every request with it: the bad config is refused, and /ready says so until a good one
-        comes.
+        Serve calls this before the replica is healthy and after every change. The first call raises
+        ValueError for a bad config. A later one must not, for Serve would stop the router and every request
+        with it: the bad config is refused, and /ready says so until a good one comes.
         """
         try:
             experts = RouterUserConfig.model_validate(user_config).experts
@@ -103,10 +102,9 @@ class RouterReplica:
     # For ingresses
 
     async def attach(self, ingress: str) -> AsyncGenerator[Limits | list[RequestOutput], None]:
-        """Yield the engine's limits, then batches of outputs of this ingress's requests, while it listens and
-        renews.
+        """Yield the engine's limits, then batches of outputs for this ingress, while it listens and renews.
 
-        When the stream ends, its requests are cancelled: nobody would read their tokens.
+        When the stream ends, the ingress's requests are cancelled: nobody would read their tokens.
         """
         assert self._engine is not None
         router = self._args.router
@@ -150,8 +148,9 @@ class RouterReplica:
                 self._abandon(request_id)
 
     async def drain(self) -> None:
-        """Refuse new requests, and return when those that run have ended; after router.drain_s they are made
-        to end.
+        """Refuse new requests, and return when those that run have ended.
+
+        After router.drain_s they are made to end.
         """
         assert self._engine is not None
         self._draining = True
@@ -162,11 +161,10 @@ class RouterReplica:
         logger.info("drained; %d requests had to end", len(self._outboxes))
 
     async def readiness(self) -> dict[str, Any]:
-        """Return whether a decode step went through every shard within router.ready_within_s; if none did,
-        make one.
+        """Return whether a decode step went through every shard within router.ready_within_s.
 
-        The result has the fields of deploy.api.engine_client.Readiness. The Fleet need not answer: what it
-        says is only detail, and the cause where a step does not go through.
+        If none did, one is made now. The result has the fields of deploy.api.engine_client.Readiness. The
+        Fleet need not answer: what it says is only detail, and the cause where a step does not go through.
         """
         assert self._engine is not None
         overview = await self._fleet.overview() if self._fleet is not None else None
@@ -230,7 +228,7 @@ class RouterReplica:
         self._experts = experts
 
     async def _start_engine(self, experts: ExpertsConfig) -> None:
-        # Imported here, because torch and transformers take seconds, for which building the application need not wait.
+        # Imported here: torch and transformers take seconds, for which building the application need not wait.
         from deploy.engine.build import build_engine
 
         loop = asyncio.get_running_loop()

@@ -28,9 +28,7 @@ The poll notices a dead Fleet after twice as long at the latest.
 """
 
 RENEW_S = 2.0
-"""Seconds between two renewals of the lease, and so the longest that a restarted Fleet does not know what we
-want.
-"""
+"""Seconds between two renewals, and so the longest that a restarted Fleet does not know what we want."""
 
 REFUSED_S = 10.0
 """Seconds before a refused spec is offered again: its checkpoint may be mounted late."""
@@ -39,14 +37,13 @@ RETRY_S = 1.0
 OVERVIEW_S = 1.5
 
 LAST_WILL_S = 15.0
-"""Seconds of the lease that a router leaves when it is stopped in order, so that a redeployed one finds the
-shards.
-"""
+"""Seconds of the lease that a router leaves when it stops in order; a redeployed one so finds the shards."""
 
 
 class FleetClient:
-    """A router's client of the Fleet. It lives in the replica's event loop and calls on_members there with
-    every new membership.
+    """A router's client of the Fleet, which lives in the replica's event loop.
+
+    on_members: called in that loop with every new membership.
     """
 
     def __init__(
@@ -93,9 +90,7 @@ class FleetClient:
             self._handle.report_lost.remote(self._router, loss.epoch, loss.ranks)
 
     async def overview(self) -> FleetOverview | None:
-        """Return what the Fleet says of its shards, None while it does not answer, as when it is being
-        restarted.
-        """
+        """Return what the Fleet says of its shards, None while it does not answer (Ray may be restarting it)."""
         if self._handle is None:
             return None
         try:
@@ -174,10 +169,11 @@ class FleetClient:
 
 
 def start_fleet(app: str, *, lease_s: float, log_format: LogFormat) -> Any:
-    """Return Ray's handle of an application's one Fleet, which is started with these arguments unless it runs
-    already.
+    """Return Ray's handle of an application's one Fleet.
+
+    It is started with these arguments, unless it runs already.
     """
-    # Imported here, because it imports what reads checkpoints, for which building the application need not wait.
+    # Imported here: it imports what reads checkpoints, for which building the application need not wait.
     from deploy.fleet.fleet import Fleet
 
     return (

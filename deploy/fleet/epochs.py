@@ -1,6 +1,4 @@
-"""Epochs: publishes memberships of the expert shards, each with a higher epoch, to the routers that wait for
-one.
-"""
+"""Epochs: publishes the membership of the expert shards, each under a higher epoch, to the routers that wait."""
 
 import asyncio
 from collections.abc import Callable, Sequence

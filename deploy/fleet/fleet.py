@@ -47,7 +47,7 @@ class Fleet:
     def __init__(
         self, app: str, *, lease_s: float, log_format: LogFormat = "text", shards: RayShards | None = None
     ) -> None:
-        """Called in that event loop.
+        """Start to watch the leases; called in that event loop.
 
         lease_s: how long it waits for its first router, also when it is restarted.
         """
@@ -68,10 +68,10 @@ class Fleet:
     # Called by routers
 
     async def reconcile(self, want: FleetSpec) -> str:
-        """Make the fleet as the spec says; a changed spec replaces every shard, and requests wait for the new
-        ones.
+        """Make the fleet as the spec says.
 
-        Returns "", or why the spec is refused; what runs then stays as it is.
+        A changed spec replaces every shard, and requests wait for the new ones. Returns "", or why the spec
+        is refused; what runs then stays as it is.
         """
         await self._recover()
         async with self._one_change:
@@ -91,8 +91,9 @@ class Fleet:
     async def next_membership(
         self, *, after: int, names: Sequence[str], timeout_s: float
     ) -> Membership | None:
-        """Return a membership that the router does not have yet, None when the time is up: a long poll, see
-        Epochs.next.
+        """Wait for a membership that the router does not have yet; None when the time is up.
+
+        It is a long poll, see Epochs.next.
         """
         await self._recover()
         return await self._epochs.next(after=after, names=names, timeout_s=timeout_s)
@@ -237,8 +238,9 @@ class Fleet:
 
 
 def survivors(states: Mapping[str, ShardState]) -> dict[int, str]:
-    """Return the name of the shard to keep, by rank: those that have loaded and have the spec of the newest
-    epoch.
+    """Return the name of the shard to keep, by rank.
+
+    Those are kept that have loaded and have the spec of the newest epoch.
     """
     loaded = {name: state for name, state in states.items() if state.address is not None}
     if not loaded:

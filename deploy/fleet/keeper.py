@@ -22,16 +22,18 @@ PAUSES_S = (0.0, 0.0, 1.0, 5.0, 30.0)
 """Seconds before a rank is started again, by how often it failed in a row."""
 
 STEADY_S = 60.0
-"""Seconds after loading within which a shard's death counts as a failure: the next step may kill its
-successor, too.
+"""Seconds after loading within which a shard's death counts as a failure.
+
+The step that killed it may kill its successor, too.
 """
 
 SLOW_START_S = 5.0
 """Seconds after which the log says that Ray has not started a process; it usually takes one or two."""
 
 START_LIMIT_S = 60.0
-"""Seconds after which another node is chosen for a process that Ray has not started: what was free may be
-taken.
+"""Seconds after which another node is chosen for a process that Ray has not started.
+
+The resources that were free may have been taken.
 """
 
 
@@ -52,9 +54,10 @@ class Keeper:
         on_loaded: Callable[[], Awaitable[None]],
         shard: Shard | None,
     ) -> None:
-        """seats: returns the seats of all shards of the fleet.
+        """Start to keep the rank.
 
-        shard: one that an earlier Fleet left, None to start one.
+        seats: returns the seats of all shards of the fleet. shard: one that an earlier Fleet left, None to
+        start one.
         """
         self.shard = shard
         self.hopeless = ""
@@ -164,8 +167,9 @@ def failures(before: int, *, lived_s: float) -> int:
 
 
 async def _until_gone(shard: Shard) -> str:
-    """Wait until a shard's process has died (Ray tells within milliseconds) or a router lost it; return
-    which.
+    """Wait until a shard's process has died or a router lost its link to it; return which.
+
+    Ray tells of a death within milliseconds.
     """
     death = asyncio.create_task(_death(shard.handle))
     lost = asyncio.create_task(shard.lost.wait())

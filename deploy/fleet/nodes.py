@@ -43,12 +43,12 @@ def choose_seat(
     strategy: Strategy,
     num_shards: int,
 ) -> Seat | None:
-    """Return a seat for one more of `num_shards` shards, or None if none has room: wait until a node joins or
-    frees some.
+    """Return a seat for one more of `num_shards` shards, or None if none has room.
 
-    seats: those of this fleet's shards, including the ones that Ray has not started yet, which its numbers
-    lack. strategy: `spread` chooses a node without a shard; `pack` the fullest node that has room; `auto` is
-    spread if there are as many nodes that could hold a shard as shards, else pack.
+    Without a seat the caller waits until a node joins or frees room. seats: those of this fleet's shards,
+    including the ones that Ray has not started yet, which its numbers lack. strategy: `spread` chooses a node
+    without a shard; `pack` the fullest node that has room; `auto` is spread if there are as many nodes that
+    could hold a shard as shards, else pack.
     """
     free = {node.id: _free(node, seats) for node in nodes}
     held = {node.id: sum(seat.node == node.id for seat in seats) for node in nodes}
@@ -65,8 +65,9 @@ def choose_seat(
 
 
 def _free(node: Node, seats: Sequence[Seat]) -> dict[str, float]:
-    """Return what a node has free: Ray's number, unless a shard that Ray may not have counted yet will leave
-    less.
+    """Return what a node has free.
+
+    It is Ray's number, unless a shard that Ray may not have counted yet will leave less.
     """
     mine = [seat.left for seat in seats if seat.node == node.id]
     return {

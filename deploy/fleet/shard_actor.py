@@ -1,6 +1,4 @@
-"""ShardActor: the process of one expert shard, a detached Ray actor that loads its experts and serves
-routers.
-"""
+"""ShardActor: the process of one expert shard, a detached Ray actor."""
 
 import os
 import secrets
@@ -117,8 +115,7 @@ class ShardActor:
         self._lease_ends = time.monotonic() + ttl_s
 
     def until_death(self) -> None:
-        """Block until called again, so that the caller learns from Ray, within milliseconds, that this
-        process is gone.
+        """Block until called again, so that Ray tells the caller within milliseconds when this process dies.
 
         The next call ends this one, because a Fleet that died leaves its call behind, which would hold one of
         this actor's threads for good.

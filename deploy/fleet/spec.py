@@ -39,7 +39,10 @@ class FleetSpec:
 
 @dataclass(frozen=True)
 class ShardState:
-    """What a live shard tells a restarted Fleet. address and placement are None while it loads."""
+    """The state of a live shard, as it tells a restarted Fleet.
+
+    address and placement are None while it loads.
+    """
 
     rank: int
     spec: FleetSpec

@@ -1,1 +1,1 @@
-"""What stands before every route: the ASGI server's edges, access log, keys, errors."""
+"""The HTTP layer around the routes: guards, streams, access log, API keys and errors."""

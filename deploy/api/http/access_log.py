@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, and a line in the log when it ends."""
+"""The access log: gives every request an id, and writes a line to the log when it ends."""
 
 import logging
 import time
@@ -18,15 +18,18 @@ from router.request import RequestOutput
 logger = logging.getLogger(__name__)
 
 PROBES = frozenset({"/health", "/ready"})
-"""Load balancers ask them all the time: no line is written for them."""
+"""Paths for which no line is written, because load balancers ask them all the time."""
 
 MAX_ID = 200
-"""Characters of an id that a client sent, in the log."""
+"""The most characters that the log keeps of an id that a client sent."""
 
 
 @dataclass
 class Entry:
-    """What is learnt of a request while it is served. key: its name. completion_tokens: those the engine gave so far."""
+    """The notes on a request while it is served, for its line in the log.
+
+    key: the name of its API key. completion_tokens: the tokens that the engine generated so far.
+    """
 
     key: str | None = None
     completion_id: str | None = None
@@ -38,14 +41,14 @@ _entry: ContextVar[Entry] = ContextVar("entry")
 
 
 def current_entry() -> Entry:
-    """Of the request that the current task serves."""
+    """Return the entry of the request that the current task serves."""
     return _entry.get()
 
 
 async def note_outputs(
     outputs: AsyncGenerator[tuple[int, RequestOutput], None], *, completion_id: str, prompt_tokens: int
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """The outputs as they are, noted in the entry of the current request. Closing it closes them."""
+    """Pass outputs on, and count their tokens in the entry of the current request. Closing it closes them."""
     noted = current_entry()
     noted.completion_id, noted.prompt_tokens, noted.completion_tokens = completion_id, prompt_tokens, 0
     async with aclosing(outputs):
@@ -55,15 +58,16 @@ async def note_outputs(
 
 
 def route_path(scope: Scope) -> str:
-    """Without what Serve's route_prefix puts before ours."""
+    """Return the path of a request without the prefix that Serve's route_prefix adds."""
     return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
 class RequestLog:
-    """The outermost of what stands before the routes. lines: whether to write any.
+    """The outermost middleware, which gives a request its id and logs its end.
 
-    Who sends an x-request-id also answers with it: Ray Serve's proxy sends one with every request and adds it to
-    the response. Only an id that is made here is added here, or clients would read it twice.
+    lines: whether to write lines at all. Ray Serve's proxy sends an x-request-id with every request and adds
+    it to the response itself. So only an id that is made here is added to the response here, or clients would
+    read it twice.
     """
 
     def __init__(self, app: ASGIApp, *, lines: bool) -> None:
@@ -106,7 +110,7 @@ class RequestLog:
 
 
 def as_text(fields: dict[str, Any]) -> str:
-    """The fields of a line, as people read them."""
+    """Return the fields of a line as a text for people."""
     parts = [f"{fields['method']} {fields['path']} {fields['status'] or '-'} in {fields['seconds']:.3f} s"]
     if not fields["complete"]:
         parts.append("not finished")

@@ -1,4 +1,4 @@
-"""Two pieces around the routes: what guards every request, and a stream of server-sent events."""
+"""Two ASGI parts around the routes: a guard of every request, and a stream of server-sent events."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestGuard:
-    """Gives every request a bound on its body, an end when the client leaves and an answer to our bugs."""
+    """Middleware that bounds a body, cancels a request whose client leaves, and answers our bugs with 500."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app = app
@@ -49,7 +49,7 @@ class RequestGuard:
 
 
 async def _read_body(receive: Receive, max_bytes: int) -> bytes | None:
-    """The whole body, or None if the client left. Raises ApiError 413."""
+    """Return the whole body, or None if the client left. Raises ApiError 413 for one that is too long."""
     body = bytearray()
     while True:
         message = await receive()
@@ -63,12 +63,15 @@ async def _read_body(receive: Receive, max_bytes: int) -> bytes | None:
 
 
 def _replay(body: bytes) -> Receive:
-    """A `receive` that gives the body once. It never tells of a disconnect: the guard watches for that."""
+    """Return a `receive` that gives the body once.
+
+    It never tells of a disconnect: the guard watches for that.
+    """
     unread = [body]
 
     async def receive() -> Message:
         if not unread:
-            await asyncio.get_running_loop().create_future()  # until cancelled
+            await asyncio.get_running_loop().create_future()  # waits until it is cancelled
         return {"type": "http.request", "body": unread.pop(), "more_body": False}
 
     return receive
@@ -98,16 +101,20 @@ async def _disconnected(receive: Receive) -> None:
 
 
 WAITING_S = 5.0
-"""A stream that has sent nothing for so long sends a comment: proxies cut a connection that is silent for a minute."""
+"""Seconds of silence after which a stream sends a comment.
+
+Proxies cut a connection that is silent for a minute.
+"""
 
 _WAITING = b": waiting\n\n"
 
 
 class EventStream(Response):
-    """Sends events as they are made, comments while none are, and closes their generator at once when cancelled.
+    """A response that sends events as they are made, and comments while none are.
 
-    The status waits for the first event, up to WAITING_S: an error before is still answered with its own status.
-    A later one is the last event.
+    The status is sent with the first event or comment, so that an error in the first WAITING_S is still
+    answered with its own status; a later one is sent as the last event. When cancelled, it closes the
+    generator of the events at once. event_of: makes the last event of an error.
     """
 
     media_type = "text/event-stream"
@@ -138,7 +145,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _comment(self, send: Send) -> None:
-        """For ever: fill every silence with comments, which clients skip."""
+        """Fill every silence with comments, which clients skip, until cancelled."""
         while True:
             before = self._num_sent
             await asyncio.sleep(WAITING_S)

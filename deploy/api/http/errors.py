@@ -1,4 +1,4 @@
-"""Every answer that is not 2xx, in the shape that OpenAI's clients turn into typed exceptions."""
+"""The answers that are not 2xx, in the shape that OpenAI's clients turn into typed exceptions."""
 
 import json
 import math
@@ -15,9 +15,11 @@ _TYPES = {429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An error to answer with. The message is for the user: a sentence, without secrets or tracebacks.
+    """An error that a request is answered with.
 
-    param: dotted path of the field at fault. code: OpenAI's word for the case, where it has one.
+    message: a sentence for the user, without secrets or tracebacks. param: dotted path of the field at fault.
+    code: OpenAI's word for the case, where it has one. retry_after_s: seconds after which the client may try
+    again.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> bytes:
+        """Return the JSON of the error."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the error as an HTTP response."""
         headers = dict(headers or {})
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -54,7 +58,7 @@ INTERNAL_ERROR = ApiError(
 
 
 def invalid_body(error: ValidationError, body: bytes) -> ApiError:
-    """What a body that a pydantic model refused is answered with: its most precise complaint."""
+    """Return the answer to a body that a pydantic model refused, with the most precise of its errors."""
     complaints = error.errors(include_url=False, include_input=False)
     if complaints[0]["type"] == "json_invalid":
         return ApiError(400, complaints[0]["msg"])
@@ -67,7 +71,10 @@ def invalid_body(error: ValidationError, body: bytes) -> ApiError:
 
 
 def _path(sent: object, loc: tuple[int | str, ...], kind: str) -> list[str]:
-    """Where in the sent JSON pydantic points to; its own names for the branches of a union are left out."""
+    """Return the path in the sent JSON to which pydantic points.
+
+    It leaves out pydantic's own names for the branches of a union.
+    """
     path = []
     for step in loc:
         if isinstance(sent, dict) and (step in sent or kind == "missing"):
@@ -81,13 +88,13 @@ def _path(sent: object, loc: tuple[int | str, ...], kind: str) -> list[str]:
 
 
 async def answer_api_error(http: HttpRequest, error: Exception) -> Response:
-    """FastAPI's handler for ApiError."""
+    """Answer an ApiError, as FastAPI's handler for it."""
     assert isinstance(error, ApiError)
     return error.response()
 
 
 async def answer_http_error(http: HttpRequest, error: Exception) -> Response:
-    """FastAPI's handler for the routing's own errors: unknown path, wrong method."""
+    """Answer an error of the routing (unknown path, wrong method), as FastAPI's handler for it."""
     assert isinstance(error, HTTPException)
     message = f"{http.method} {http.url.path}: {HTTPStatus(error.status_code).phrase}"
     return ApiError(error.status_code, message).response(error.headers)

@@ -1,4 +1,4 @@
-"""Who may ask: the API keys of a file, which is read again when it changes."""
+"""API keys: those of a file, which is read again when it changes, and the middleware that asks for one."""
 
 import hmac
 import logging
@@ -14,27 +14,27 @@ from deploy.api.http.errors import ApiError
 logger = logging.getLogger(__name__)
 
 CHECK_S = 1.0
-"""How often the file is looked at, at most."""
+"""Seconds between two looks at the file, at least."""
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Paths that ask for no key: load balancers have none."""
+"""Paths that need no key, because load balancers have none."""
 
 _MISSING = ApiError(401, "An API key is needed: `Authorization: Bearer KEY`.", code="invalid_api_key")
 _WRONG = ApiError(401, "The API key is none of this server's.", code="invalid_api_key")
 
 
 class ApiKeys:
-    """Those of the file. One that has become unreadable or empty leaves the keys as they were, with a warning."""
+    """The keys of a file. If it becomes unreadable or empty, the keys stay as they were, with a warning."""
 
     def __init__(self, file: Path) -> None:
-        """Raises ValueError as `read_keys` does."""
+        """Read the file. Raises ValueError as `read_keys` does."""
         self._file = file
         self._seen = _stamp(file)
         self._names = read_keys(file)
         self._next_look = time.monotonic() + CHECK_S
 
     def name_of(self, sent: bytes) -> str | None:
-        """None if it is no key. Takes the same time whichever it is."""
+        """Return the name of a key, None if it is no key. Takes the same time for every key."""
         self._follow()
         found = None
         for key, name in self._names.items():
@@ -43,7 +43,7 @@ class ApiKeys:
         return found
 
     def _follow(self) -> None:
-        """Look at the file, if it is time, and read it if it is not the one that was read."""
+        """Look at the file, if it is time, and read it again if it has changed."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -61,7 +61,7 @@ class ApiKeys:
 
 
 def read_keys(file: Path) -> dict[bytes, str]:
-    """The name of each key; one without is named after its line.
+    """Return the name of each key; a key without one is named after its line.
 
     Raises ValueError, which quotes no key, for a file that cannot be read, has none, or is not such a file.
     """
@@ -84,7 +84,10 @@ def read_keys(file: Path) -> dict[bytes, str]:
 
 
 class KeyGuard:
-    """Lets through who sends a key, and everybody to OPEN_PATHS. The name of the key goes to the access log."""
+    """Middleware that answers 401 to a request without a key, except on OPEN_PATHS.
+
+    The name of the key goes to the access log.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
@@ -105,12 +108,13 @@ class KeyGuard:
 
 
 def _bearer(authorization: str) -> bytes:
+    """Return the key of an Authorization header, b"" if there is none."""
     scheme, _, key = authorization.partition(" ")
     return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:
-    """Another one means that the file has changed, its permissions included; None that there is none."""
+    """Return a stamp that differs when the file, or its permissions, have changed; None if there is no file."""
     try:
         found = file.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What /v1/chat/completions answers. Pure."""
+"""ChatShape: the answers of /v1/chat/completions. Pure."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,8 +22,11 @@ from router.request import FinishReason, TokenLogprob
 
 
 class ChatShape:
-    """new_reader: for one answer. calls_finish: whether "tool_calls" is a reason to finish, which OpenAI does not give
-    where the client named the tool."""
+    """The shape of a chat's answers.
+
+    new_reader: makes a reader for one answer. calls_finish: whether "tool_calls" is a reason to finish, which
+    OpenAI does not give where the client named the tool.
+    """
 
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
@@ -71,7 +74,10 @@ class ChatShape:
         return 0
 
     def _finish_reason(self, finish: FinishReason | None, *, called: bool) -> str | None:
-        """A call that the length limit cut is no reason to run it."""
+        """Return OpenAI's word for the reason to finish.
+
+        A tool call that the length limit cut off is no "tool_calls", for it must not be run.
+        """
         return "tool_calls" if called and self._calls_finish and finish == "stop" else finish_reason(finish)
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:

@@ -1,4 +1,4 @@
-"""Chats with one model: what its template says of how it thinks and calls tools, and what follows for a request."""
+"""ChatFormat: how one model thinks and calls tools, as its chat template says."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,20 @@ from router.sampling import grammar
 
 
 class ChatFormat:
-    """Of the text of a checkpoint's chat template. Holds no state; any thread may use it."""
+    """The format of a model's answers, found in the text of its chat template.
+
+    Stateless; any thread may use it.
+    """
 
     def __init__(self, template: str) -> None:
         self._thinks = thinks(template)
         self._tools = format_of(template)
 
     def grammar(self, body: ChatCompletionRequest) -> str | None:
-        """Of the whole answer, thoughts included: there are none then. None: it is free. May take a while.
+        """Return the grammar that the whole answer has to follow, None if it is free. May take a while.
 
-        Where a constraint is asked for and the model may call tools, it chooses. Raises ApiError.
+        It covers thoughts, too: a constrained answer has none. Where a constraint is asked for and the model
+        may call tools, the grammar lets the model choose between them. Raises ApiError.
         """
         constraint = body.output_constraint()
         if not body.offered:
@@ -40,7 +44,10 @@ class ChatFormat:
         return grammar.either(rules, "calls", constraint.compile()) if constraint else forced
 
     def new_reader(self, body: ChatCompletionRequest, *, prompt: str) -> Callable[[], Reader]:
-        """Makes readers of the answers to a rendered prompt. Raises ApiError for tools that this model cannot call."""
+        """Return a factory of readers of the answers to a rendered prompt.
+
+        Raises ApiError for tools that this model cannot call.
+        """
         offered = [tool.function for tool in body.offered]
         tools = self._format() if offered else None
         reasons = self._thinks and body.output_constraint() is None and not body.forced

@@ -1,4 +1,4 @@
-"""What /v1/completions answers. Pure."""
+"""CompletionShape: the answers of /v1/completions. Pure."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -18,7 +18,7 @@ from router.request import TokenLogprob
 
 
 class CompletionShape:
-    """prompts: of the body, as the model reads them."""
+    """The shape of a completion's answers. prompts: the body's prompts as token ids."""
 
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
@@ -73,18 +73,18 @@ class CompletionShape:
         return sum(len(self._vocabulary.token_text(scored.token)) for scored in logprobs)
 
     def _tokens(self, index: int) -> Sequence[int]:
-        """Of the prompt of a choice."""
+        """Return the prompt tokens of a choice."""
         return self._prompts[index // self._body.n]
 
     def _prompt_text(self, index: int) -> str:
-        """As it was sent, if it was sent as text."""
+        """Return the text of a choice's prompt: as it was sent, or decoded if it was sent as tokens."""
         sent = self._body.prompt[index // self._body.n]
         if isinstance(sent, str):
             return sent
         return b"".join(map(self._vocabulary.token_bytes, sent)).decode(errors="replace")
 
     def _echoed(self, start: ChoiceStart) -> CompletionLogprobs | None:
-        """Of the prompt: its first token has no logprob."""
+        """Return the logprobs of an echoed prompt. Its first token has none."""
         if self._body.logprobs is None:
             return None
         first = self._vocabulary.token_text(self._tokens(start.index)[0])
@@ -108,14 +108,20 @@ class CompletionShape:
         }
 
     def _top(self, scored: TokenLogprob) -> dict[str, float]:
-        """By text, the chosen token's among them. Of tokens that look alike the likeliest counts."""
+        """Return the top logprobs by text, with the chosen token's.
+
+        Of tokens that look alike the likeliest counts.
+        """
         by_text: dict[str, float] = {}
         for token, logprob in (*scored.top, (scored.token, scored.logprob)):
             by_text.setdefault(self._vocabulary.token_text(token), finite(logprob))
         return by_text
 
     def _prompt_logprobs(self, start: ChoiceStart, num_top: int) -> list[dict[str, PromptLogprob] | None]:
-        """vLLM's: null for the first token; for the others by token id, the prompt's own first."""
+        """Return the prompt_logprobs of vLLM.
+
+        They are null for the first token, and for the others by token id, the prompt's own first.
+        """
         return [None, *(self._ranked(scored, num_top) for scored in start.prompt_logprobs)]
 
     def _ranked(self, scored: TokenLogprob, num_top: int) -> dict[str, PromptLogprob]:
@@ -135,6 +141,7 @@ def _text(parts: Sequence[Part]) -> str:
 
 
 def _in_a_row(first: CompletionLogprobs | None, then: CompletionLogprobs | None) -> CompletionLogprobs | None:
+    """Return the logprobs of two pieces joined."""
     if first is None or then is None:
         return None
     return {

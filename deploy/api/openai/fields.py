@@ -1,7 +1,7 @@
-"""What every part of a request's body has in common.
+"""The base of every object in a request's body.
 
-A field that would change the answer and is not served is refused by name. One that we do not know is ignored, and
-`ignored_fields` names it for the log. Null is the same as absent.
+A field that would change the answer and is not served is refused by name. A field that we do not know is
+ignored, and `ignored_fields` names it for the log. Null is the same as absent.
 """
 
 import reprlib
@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 
 class OpenAIBaseModel(BaseModel):
-    """An object of a body."""
+    """An object of a request's body, which keeps unknown fields and takes null as absent."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -28,6 +28,8 @@ class OpenAIBaseModel(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class _AcceptOnly:
+    """The pydantic annotation that `accept_only` returns."""
+
     served: tuple[Any, ...]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -46,15 +48,16 @@ class _AcceptOnly:
 
 
 def accept_only(*served: Any) -> _AcceptOnly:
-    """Refuses every value but these, and says so in the schema."""
+    """Return an annotation that refuses every value but these, and says so in the schema."""
     return _AcceptOnly(served)
 
 
 NotServed = Annotated[Any, accept_only()]
+"""The type of a field that is refused whatever its value is."""
 
 
 def ignored_fields(sent: BaseModel) -> Iterator[str]:
-    """Dotted names of what a body holds and we do not know, without list positions; may repeat."""
+    """Yield the dotted names of a body's unknown fields, without list positions; a name may repeat."""
     yield from sent.model_extra or ()
     for name in type(sent).model_fields:
         value = getattr(sent, name)

@@ -1,4 +1,4 @@
-"""The messages of a chat and the tools that it offers: as clients send them, and as chat templates read them."""
+"""The messages of a chat and its tools: as clients send them, and as chat templates read them."""
 
 import json
 from typing import Annotated, Any
@@ -19,7 +19,10 @@ def _text_of(content: str | list[TextPart]) -> str:
 
 
 def _as_object(arguments: object) -> object:
-    """OpenAI's clients send a call's arguments as the model wrote them: JSON in a string."""
+    """Return a call's arguments as a dict.
+
+    OpenAI's clients send them as the model wrote them: JSON in a string.
+    """
     try:
         value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError) as error:
@@ -61,10 +64,11 @@ class Message(OpenAIBaseModel):
         return content
 
     def for_template(self) -> dict[str, Any]:
-        """What chat templates read. "developer" is OpenAI's newer name for "system", which templates know.
+        """Return the message as chat templates read it.
 
-        A call's arguments are a mapping, which all templates take; some cannot take JSON in a string. No content is
-        the empty string: templates would print None.
+        The role "developer", OpenAI's newer name, becomes "system", which templates know. A call's arguments
+        become a mapping, which all templates take, while some cannot take JSON in a string. No content
+        becomes the empty string, because templates would print None.
         """
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
@@ -82,7 +86,10 @@ _CALL: Any = {"id": True, "type": True, "function": {"name", "arguments"}}
 
 
 class OfferedFunction(OpenAIBaseModel):
-    """parameters: JSON schema of an object; none: the function takes none."""
+    """A function that the model may call.
+
+    parameters: JSON schema of an object; empty: the function takes none.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
     description: str = ""
@@ -95,6 +102,7 @@ class Tool(OpenAIBaseModel):
     function: OfferedFunction
 
     def for_template(self) -> dict[str, Any]:
+        """Return the tool as chat templates read it."""
         return self.model_dump(include=_TOOL, exclude_unset=True)
 
 
@@ -106,7 +114,7 @@ class NamedFunction(OpenAIBaseModel):
 
 
 class NamedTool(OpenAIBaseModel):
-    """A tool_choice: this one has to be called."""
+    """A tool_choice that names the tool that has to be called."""
 
     type: Annotated[str, accept_only("function")]
     function: NamedFunction

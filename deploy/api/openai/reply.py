@@ -1,4 +1,7 @@
-"""One reply: gathers the outputs of its requests into one object, or turns each into an event. No I/O, no clock."""
+"""Reply: gathers the outputs of a reply's requests into one object, or turns each into an event.
+
+No I/O, no clock.
+"""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +21,12 @@ _TEXT = "\0"  # stands for the text in a chunk's template; no model's name holds
 
 @dataclass
 class _ChoiceState:
-    """Of one choice. before, after: its chunks' JSON around their text, as long as they hold only that."""
+    """The state of one choice while its outputs come.
+
+    before, after: the JSON of its chunks around the text, for chunks that hold nothing but text. called:
+    whether a tool call has come. offset: Shape.num_chars of the tokens so far. parts, logprobs: kept for a
+    reply that is not streamed.
+    """
 
     reader: Reader
     before: str
@@ -32,7 +40,7 @@ class _ChoiceState:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def take(self, output: RequestOutput) -> list[Part]:
-        """What the output adds to the answer."""
+        """Return the parts that an output adds to the answer."""
         self.first = self.first or output
         self.last = output
         self.num_tokens += len(output.tokens)
@@ -44,7 +52,12 @@ class _ChoiceState:
 
 
 class Reply:
-    """Give every output either to `add` and then ask for `whole`, or to `event` and then ask for `ending`."""
+    """One reply to a request's body.
+
+    Give every output either to `add` and then ask for `whole`, or to `event` and then ask for `ending`.
+    prompt_tokens: the number of tokens of every prompt; each prompt has n choices in a row. logprobs: whether
+    the body asked for them. include_usage: whether a stream tells the usage; a whole reply always does.
+    """
 
     def __init__(
         self,
@@ -58,8 +71,6 @@ class Reply:
         logprobs: bool,
         include_usage: bool,
     ) -> None:
-        """prompt_tokens: of every prompt; each has n choices in a row. logprobs: whether they were asked for.
-        include_usage: in a stream; a whole reply always has it."""
         self._shape = shape
         self._id = reply_id
         self._created = created
@@ -77,14 +88,14 @@ class Reply:
         choice.logprobs += output.logprobs
 
     def whole(self) -> bytes:
-        """The JSON of everything added."""
+        """Return the JSON of everything that was added."""
         choices = [self._whole(index, choice) for index, choice in enumerate(self._choices)]
         reply = self._envelope(self._shape.whole_object, choices)
         reply["usage"] = self._usage()
         return to_json(reply).encode()
 
     def event(self, index: int, output: RequestOutput) -> bytes:
-        """The events that show an output; none if there is nothing to show yet."""
+        """Return the events that show an output, b"" if there is nothing to show yet."""
         choice = self._choices[index]
         first = self._first_chunk(index, output) if choice.first is None else ""
         parts = choice.take(output)
@@ -97,7 +108,7 @@ class Reply:
         return (first + "".join(events)).encode()
 
     def ending(self) -> bytes:
-        """The events after the last output's."""
+        """Return the events that end the stream, after those of the last output."""
         if not self._include_usage:
             return DONE
         chunk = self._envelope(self._shape.chunk_object, [])
@@ -116,14 +127,14 @@ class Reply:
         return self._chunk(chunk) if chunk is not None else ""
 
     def _part(self, index: int, part: Part) -> str:
-        """A chunk that holds one part and nothing else."""
+        """Return the event of a chunk that holds one part and nothing else."""
         if isinstance(part, Content):
             choice = self._choices[index]
             return f"{choice.before}{to_json(part.text)}{choice.after}"
         return self._chunk(self._shape.chunk(Piece(index, [part]), called=True))
 
     def _end(self, index: int, output: RequestOutput, part: Part | None) -> str:
-        """The chunk of an output's last part, with all that is not text."""
+        """Return the event of an output's last part, with its logprobs and its finish."""
         choice = self._choices[index]
         piece = Piece(
             index,
@@ -173,7 +184,7 @@ class Reply:
         }
 
     def _cached_tokens(self) -> int:
-        """Every prompt counts once, as its first choice found it."""
+        """Return the cached tokens of all prompts. A prompt counts once, as its first choice found it."""
         firsts = [choice.first for choice in self._choices[:: self._n]]
         return sum(first.num_cached for first in firsts if first is not None)
 
@@ -182,7 +193,7 @@ class Reply:
 
 
 def server_sent(data: str) -> str:
-    """An event around JSON."""
+    """Return JSON as a server-sent event."""
     return f"data: {data}\n\n"
 
 

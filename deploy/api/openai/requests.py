@@ -1,4 +1,7 @@
-"""What OpenAI's clients send, as far as we serve it: the two bodies. Field names beyond OpenAI's are vLLM's."""
+"""The bodies of /v1/chat/completions and /v1/completions, as far as we serve them.
+
+Fields beyond OpenAI's have vLLM's names.
+"""
 
 from dataclasses import replace
 from typing import Annotated, Any
@@ -12,7 +15,7 @@ from router.request import SamplingParams
 
 _DEFAULT = SamplingParams()
 _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Fields that are the model's own where a body does not say: see router.tokenizer.sampling_defaults."""
+"""Fields whose defaults are the model's own: see router.text.tokenizer.sampling_defaults."""
 
 
 def _listed(value: object) -> object:
@@ -20,12 +23,12 @@ def _listed(value: object) -> object:
 
 
 def _as_prompts(value: object) -> object:
-    """A string, or one list of token ids, is a batch of one."""
+    """Return a batch of prompts: a single string, or a single list of token ids, is a batch of one."""
     alone = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
     return [value] if alone else value
 
 
-# fail_fast: or a long list of rubbish becomes a list of errors, hundreds of times its size.
+# fail_fast, or a long list of wrong values would become a list of errors, hundreds of times its size.
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 Prompts = Annotated[
     list[str | TokenIds],
@@ -48,7 +51,7 @@ class StreamOptions(OpenAIBaseModel):
 
 
 class _Body(StructuredOutputFields):
-    """What both endpoints take."""
+    """The fields that both endpoints take."""
 
     model: str
     user: str | None = None
@@ -81,7 +84,7 @@ class _Body(StructuredOutputFields):
     @field_validator("top_k")
     @classmethod
     def _all_is_zero(cls, top_k: int) -> int:
-        return 0 if top_k == -1 else top_k  # vLLM's older way to keep all
+        return 0 if top_k == -1 else top_k  # vLLM's older way to keep all tokens
 
     @field_validator("stream_options")
     @classmethod
@@ -92,6 +95,7 @@ class _Body(StructuredOutputFields):
 
     @property
     def include_usage(self) -> bool:
+        """Return whether a stream has to tell the usage at its end."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _sampling(
@@ -104,7 +108,10 @@ class _Body(StructuredOutputFields):
         logprobs: int | None,
         prompt_logprobs: int | None,
     ) -> SamplingParams:
-        """For the choice-th of n answers: a seed makes each repeatable, not all of them equal."""
+        """Return the sampling parameters of the choice-th of n answers.
+
+        A seed makes each answer repeatable; it does not make them equal.
+        """
         asked = {name: getattr(self, name) for name in _MODELS_OWN if getattr(self, name) is not None}
         return replace(
             defaults,
@@ -165,27 +172,31 @@ class ChatCompletionRequest(_Body):
 
     @property
     def token_limit(self) -> int | None:
-        """max_completion_tokens, the newer name, before max_tokens."""
+        """Return the limit of generated tokens; max_completion_tokens, the newer name, wins over max_tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def offered(self) -> list[Tool]:
-        """The tools that the model may call."""
+        """Return the tools that the model may call."""
         return [] if self.tool_choice == "none" else self.tools
 
     @property
     def forced(self) -> list[Tool]:
-        """The tools of which one has to be called; empty: the model may answer in words."""
+        """Return the tools of which one has to be called; empty if the model may answer in words."""
         if isinstance(self.tool_choice, NamedTool):
             return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
         return self.tools if self.tool_choice == "required" else []
 
     @property
     def names_tool(self) -> bool:
+        """Return whether the client named the tool that has to be called."""
         return isinstance(self.tool_choice, NamedTool)
 
     def sampling(self, choice: int, defaults: SamplingParams, *, grammar: str | None) -> SamplingParams:
-        """Raises ValueError that begins with the field's name."""
+        """Return the sampling parameters of one choice.
+
+        Raises ValueError that begins with the field's name.
+        """
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self._sampling(
             choice,
@@ -198,7 +209,7 @@ class ChatCompletionRequest(_Body):
 
 
 class CompletionRequest(_Body):
-    """echo: the text begins with the prompt, and so do its logprobs."""
+    """The body of /v1/completions. With `echo` the text begins with the prompt, and so do its logprobs."""
 
     prompt: Prompts
     echo: bool = False
@@ -232,18 +243,22 @@ class CompletionRequest(_Body):
 
     @property
     def token_limit(self) -> int:
+        """Return the limit of generated tokens."""
         return self.max_tokens
 
     @property
     def _scored(self) -> int | None:
-        """How many alternatives of the prompt's tokens the engine has to tell."""
+        """Return how many alternatives of each prompt token the engine has to tell, None for no scores."""
         asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
         if not self.max_tokens:
             asked.append(0)  # the engine generates nothing only where it has the prompt to score
         return max((number for number in asked if number is not None), default=None)
 
     def sampling(self, choice: int, defaults: SamplingParams, *, grammar: str | None) -> SamplingParams:
-        """Raises ValueError that begins with the field's name."""
+        """Return the sampling parameters of one choice.
+
+        Raises ValueError that begins with the field's name.
+        """
         return self._sampling(
             choice,
             defaults,

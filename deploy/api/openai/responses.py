@@ -1,4 +1,4 @@
-"""What OpenAI's clients are answered: the objects of both endpoints, and what they are made from. Pure."""
+"""The objects of both endpoints' answers, and what they are made from. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ from router.request import FinishReason, TokenLogprob
 
 
 class Vocabulary(Protocol):
-    """How tokens look. A token may be part of a character: its bytes are exact, its text is not."""
+    """The text and the bytes of tokens.
+
+    A token may be part of a character: its bytes are exact, its text is not.
+    """
 
     def token_text(self, token_id: int, /) -> str: ...
 
@@ -45,9 +48,10 @@ class ChatLogprobs(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """Parallel lists, one entry per token. text_offset: where it begins in the texts of all tokens, joined.
+    """The logprobs of a completion as parallel lists, one entry per token.
 
-    null: of a prompt's first token, which nothing comes before.
+    text_offset: where the token begins in the joined texts of all tokens. token_logprobs and top_logprobs are
+    null for a prompt's first token, which nothing comes before.
     """
 
     tokens: list[str]
@@ -57,7 +61,10 @@ class CompletionLogprobs(TypedDict):
 
 
 class PromptLogprob(TypedDict):
-    """vLLM's. rank: 1 for the likeliest; null for one that is not among the likeliest that were asked for."""
+    """The score of a prompt token, as in vLLM.
+
+    rank: 1 is the likeliest; null: not among those that were asked for.
+    """
 
     logprob: float
     rank: int | None
@@ -70,7 +77,10 @@ class Function(TypedDict):
 
 
 class ToolCall(TypedDict):
-    """index: in a stream only, where all but the first of a call have neither id, type nor name."""
+    """A tool call, or in a stream a part of one.
+
+    index: in a stream only, where all parts of a call but the first have neither id, type nor name.
+    """
 
     index: NotRequired[int]
     id: NotRequired[str]
@@ -94,7 +104,10 @@ class Delta(TypedDict):
 
 
 class _Choice(TypedDict):
-    """stop_reason: vLLM's: the stop string or token that ended it; not in a stream before the end."""
+    """The fields that all choices have.
+
+    stop_reason: the stop string or token that ended it, as in vLLM; a stream has it only at the end.
+    """
 
     index: int
     finish_reason: str | None
@@ -112,7 +125,7 @@ class ChatChunkChoice(_Choice):
 
 
 class CompletionChoice(_Choice):
-    """Whole, or one chunk of it."""
+    """A choice of a completion, whole or one chunk of it."""
 
     text: str
     logprobs: CompletionLogprobs | None
@@ -139,7 +152,7 @@ class Completion(TypedDict):
 
 @dataclass(frozen=True)
 class Piece:
-    """Of one choice: its opening, which tells of the prompt; what was generated, or a part of that.
+    """A piece of one choice: everything that was generated for it, or a part of that.
 
     logprobs: None if the request asked for none. offset: Shape.num_chars of the tokens before this piece.
     """
@@ -154,37 +167,45 @@ class Piece:
 
 @dataclass(frozen=True)
 class ChoiceStart:
-    """prompt_logprobs: of all tokens of the prompt but the first, if the engine was asked for them."""
+    """The start of a choice, which tells of its prompt.
+
+    prompt_logprobs: those of all tokens of the prompt but the first, if the engine was asked for them.
+    """
 
     index: int
     prompt_logprobs: Sequence[TokenLogprob]
 
 
 class Shape(Protocol):
-    """What differs between the answers of the two endpoints."""
+    """The part of an answer that differs between the two endpoints."""
 
     id_prefix: str
     whole_object: str
     chunk_object: str
 
     def reader(self) -> Reader:
-        """Of one choice's text."""
+        """Return a new reader of one choice's text."""
         ...
 
-    def whole(self, start: ChoiceStart, piece: Piece) -> Choice: ...
+    def whole(self, start: ChoiceStart, piece: Piece) -> Choice:
+        """Return a choice of an answer that is not streamed."""
+        ...
 
     def chunk(self, piece: Piece, *, called: bool) -> Choice:
-        """called: whether a tool call came, in this piece or before."""
+        """Return a choice of a stream's chunk. called: whether a tool call came, in this piece or before."""
         ...
 
     def first_chunk(self, start: ChoiceStart) -> Choice | None:
-        """A choice's first chunk, before anything generated."""
+        """Return a choice's first chunk, which comes before anything generated; None if there is none."""
         ...
 
     def offset(self, start: ChoiceStart) -> int:
-        """Of the first generated token."""
+        """Return the text offset of the first generated token."""
         ...
 
     def num_chars(self, logprobs: Sequence[TokenLogprob]) -> int:
-        """By how much these tokens move the offset of the next. The text itself may lag behind them."""
+        """Return by how much these tokens move the offset of the next one.
+
+        The text itself may lag behind them.
+        """
         ...

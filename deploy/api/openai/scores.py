@@ -1,4 +1,4 @@
-"""Small conversions that both endpoints' answers share. Pure."""
+"""Small conversions of logprobs and finish reasons, which both endpoints' answers share. Pure."""
 
 from router.request import FinishReason
 
@@ -6,9 +6,13 @@ _LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON can
 
 
 def finite(logprob: float) -> float:
+    """Return a logprob that JSON can hold."""
     return max(logprob, _LEAST_LOGPROB)
 
 
 def finish_reason(finish: FinishReason | None) -> str | None:
-    """OpenAI's word. It has none for a time limit: the stop_reason says so."""
+    """Return OpenAI's word for a reason to finish.
+
+    It has none for a time limit: there the stop_reason says so.
+    """
     return "length" if finish == "timeout" else finish

@@ -1,4 +1,4 @@
-"""How a body asks for an answer of a certain form: OpenAI's response_format and vLLM's names for the same."""
+"""Structured outputs: the fields by which a body constrains the answer, OpenAI's response_format and vLLM's."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,14 +23,18 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class OutputConstraint:
-    """What the whole answer has to look like. field: the dotted path that asks for it. kind: a key of _KINDS."""
+    """The constraint that the whole answer has to meet.
+
+    field: the dotted path of the field that asks for it. kind: a key of _KINDS. value: the schema, regex,
+    choices or grammar.
+    """
 
     field: str
     kind: str
     value: Any
 
     def compile(self) -> str:
-        """The grammar. May take a while. Raises ApiError for what has none."""
+        """Return the grammar of the constraint, which may take a while. Raises ApiError if it has none."""
         try:
             return _KINDS[self.kind](self.value)
         except ValueError as error:
@@ -38,7 +42,7 @@ class OutputConstraint:
 
 
 class JsonSchema(OpenAIBaseModel):
-    """strict: schemas are always kept to."""
+    """A JSON schema for the answer. `strict` changes nothing: schemas are always kept to."""
 
     name: str = ""
     description: str = ""
@@ -58,6 +62,7 @@ class ResponseFormat(OpenAIBaseModel):
         return json_schema
 
     def constraints(self) -> list[OutputConstraint]:
+        """Return the constraints that this object asks for."""
         if self.type == "json_schema":
             assert self.json_schema is not None
             return [OutputConstraint("response_format", "json", self.json_schema.schema_)]
@@ -77,6 +82,7 @@ class StructuredOutputs(OpenAIBaseModel):
     structural_tag: NotServed = None
 
     def constraints(self) -> list[OutputConstraint]:
+        """Return the constraints that this object asks for."""
         asked = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
         return [
             OutputConstraint(f"structured_outputs.{kind}", kind, value)
@@ -86,7 +92,7 @@ class StructuredOutputs(OpenAIBaseModel):
 
 
 class StructuredOutputFields(OpenAIBaseModel):
-    """The fields of a body, at most one of which may ask for a form."""
+    """The fields of a body that constrain the answer. At most one of them may do so."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -96,7 +102,10 @@ class StructuredOutputFields(OpenAIBaseModel):
     guided_grammar: str | None = None
 
     def output_constraint(self) -> OutputConstraint | None:
-        """None: the answer is free. Raises ApiError if several are asked for."""
+        """Return the constraint of the answer, None if it is free.
+
+        Raises ApiError if several fields ask for one.
+        """
         constraints = [
             constraint
             for asks in (self.response_format, self.structured_outputs)
@@ -112,4 +121,5 @@ class StructuredOutputFields(OpenAIBaseModel):
 
 
 def cannot_combine(first: str, second: str) -> ApiError:
+    """Return the answer to a body with two fields that exclude each other."""
     return ApiError(400, f"{first} and {second} cannot go together.", param=second)

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, as vLLM has them."""
+"""The bodies and answers of /tokenize and /detokenize, as vLLM has them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,10 @@ from deploy.api.openai.requests import TokenIds
 
 
 class TokenizerLike(Protocol):
-    """What this needs of router.tokenizer.Tokenizer. Used from any thread."""
+    """The part of router.text.tokenizer.Tokenizer that /tokenize and /detokenize need.
+
+    Used from any thread.
+    """
 
     def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -27,7 +30,10 @@ class TokenizerLike(Protocol):
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any],
     ) -> str:
-        """Raises ValueError for messages that the model's template refuses."""
+        """Render a chat with the model's template.
+
+        Raises ValueError for messages that the template refuses.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str: ...
@@ -36,7 +42,7 @@ class TokenizerLike(Protocol):
 
 
 class TokenizeRequest(OpenAIBaseModel):
-    """Of a text, or of a chat as the model's template writes it."""
+    """A request for the tokens of a text, or of a chat as the model's template writes it."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
@@ -68,7 +74,7 @@ class DetokenizeRequest(OpenAIBaseModel):
 
 
 class TokenizeResponse(TypedDict):
-    """token_strs: the vocabulary's own names of the tokens, if they were asked for."""
+    """The tokens of a text. token_strs: the vocabulary's own names of the tokens, if they were asked for."""
 
     count: int
     max_model_len: int
@@ -81,7 +87,7 @@ class DetokenizeResponse(TypedDict):
 
 
 def tokenize(body: TokenizeRequest, tokenizer: TokenizerLike, *, max_model_len: int) -> TokenizeResponse:
-    """Raises ValueError for messages that the model's template refuses."""
+    """Return the answer of /tokenize. Raises ValueError for messages that the model's template refuses."""
     tokens = _encode(body, tokenizer)
     return {
         "count": len(tokens),

@@ -1,1 +1,1 @@
-"""From the text of an answer to its parts: thoughts, tool calls, structured values."""
+"""The reading of an answer's text into its parts: content, reasoning and tool calls."""

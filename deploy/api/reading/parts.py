@@ -1,4 +1,7 @@
-"""What an answer's text is made of, and how it is read: plain, or with reasoning and tool calls in it. Pure."""
+"""The parts of an answer (content, reasoning, tool calls) and the readers that find them in its text.
+
+Pure.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,14 +18,14 @@ class Content:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """What the model thinks before it answers."""
+    """Text that the model thinks before it answers."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CallBegun:
-    """The index-th call of the answer; its arguments follow."""
+    """The beginning of the index-th tool call of the answer; its arguments follow."""
 
     index: int
     name: str
@@ -31,7 +34,10 @@ class CallBegun:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """Part of a call's arguments: joined they are JSON, unless the model broke off or wrote something else."""
+    """A part of a call's arguments.
+
+    Joined, they are JSON, unless the model broke off or wrote something else.
+    """
 
     index: int
     text: str
@@ -41,19 +47,19 @@ Part = Content | Reasoning | CallBegun | CallArguments
 
 
 class Reader(Protocol):
-    """Reads one answer. However its text is cut into pieces, the parts joined are the same."""
+    """A reader of one answer. However its text is cut into pieces, the parts joined are the same."""
 
     def push(self, text: str, /) -> list[Part]:
-        """The parts that are now certain."""
+        """Take more text, and return the parts that are now certain."""
         ...
 
     def flush(self) -> list[Part]:
-        """The rest, when no more text comes."""
+        """Return the remaining parts, when no more text comes."""
         ...
 
 
 class PlainReader:
-    """All of it is content."""
+    """A reader that takes all text as content."""
 
     def push(self, text: str, /) -> list[Part]:
         return [Content(text)] if text else []
@@ -63,7 +69,10 @@ class PlainReader:
 
 
 class ChatReader:
-    """Reasoning first, then text with calls. max_calls: further ones are left out, as the client asked."""
+    """A reader of reasoning, then of content with tool calls.
+
+    max_calls: calls beyond are left out, as the client asked.
+    """
 
     def __init__(self, reasoning: Reader, calls: Reader, *, max_calls: int | None) -> None:
         self._reasoning = reasoning

@@ -1,4 +1,4 @@
-"""Models that think before they answer: what stands between <think> and </think> is no content. Pure."""
+"""ReasoningReader: takes the text between <think> and </think> as reasoning, not content. Pure."""
 
 from deploy.api.reading.partial import num_held
 from deploy.api.reading.parts import Content, Part, Reasoning
@@ -7,19 +7,21 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def thinks(template: str) -> bool:
-    """Whether a chat template is one of a model that thinks."""
+    """Return whether a chat template is that of a model that thinks."""
     return OPEN in template
 
 
 def is_open(prompt: str) -> bool:
-    """Whether a rendered prompt leaves the model in the middle of its thoughts."""
+    """Return whether a rendered prompt ends inside the model's thoughts, so that the answer begins with them."""
     return prompt.rstrip().endswith(OPEN)
 
 
 class ReasoningReader:
-    """Thoughts stand at the answer's beginning; a marker that comes later is content like any other.
+    """A reader of thoughts at the beginning of an answer.
 
-    Newlines around the markers are dropped. is_open: of the prompt. Thoughts that do not end are all there is.
+    A marker that comes later is content like any other. Newlines around the markers are dropped. If the
+    thoughts do not end, the whole answer is reasoning. is_open: whether the prompt ends inside the thoughts,
+    see `is_open`.
     """
 
     def __init__(self, *, is_open: bool) -> None:
@@ -40,7 +42,7 @@ class ReasoningReader:
         return [Content(held)] if held else []
 
     def _before(self) -> list[Part]:
-        """Until it is clear whether there are thoughts."""
+        """Read the beginning, until it is clear whether there are thoughts."""
         begun = self._held.lstrip("\n")
         if not begun.startswith(OPEN) and OPEN.startswith(begun):
             return []

@@ -1,12 +1,12 @@
-"""Tool calls in a model's text, read as it comes: hermes (Qwen3) and GLM-4.x. Pure.
+"""Readers of the tool calls in a model's text while it comes, in the formats of hermes (Qwen3) and GLM-4.x. Pure.
 
     <tool_call>                                        <tool_call>get_weather
     {"name": "get_weather", "arguments": {...}}        <arg_key>city</arg_key>
     </tool_call>                                       <arg_value>Rome</arg_value>
                                                        </tool_call>
 
-Nothing is lost: what looks like a call and is none is content. A call that breaks within its arguments keeps what
-came of them, which is no JSON object then, and the rest is content.
+No text is lost: what looks like a call and is none is content. A call that breaks off within its arguments
+keeps what came of them, which then is no JSON object, and the rest is content.
 """
 
 import json
@@ -18,39 +18,48 @@ from deploy.api.reading.parts import CallArguments, CallBegun, Content, Part
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
-_BLANKS = Step(r"\s{0,99}", r"\s{0,99}")  # bounded: whoever writes more is not writing a call
+_BLANKS = Step(r"\s{0,99}", r"\s{0,99}")  # bounded: a model that writes more is not writing a call
 
 
 class _Call(Protocol):
-    """The inside of one call. Every method takes the text that nobody has read yet and returns what is left of it."""
+    """The parser of the inside of one call, between OPEN and CLOSE.
+
+    Every method takes the text that has not been read yet; those that read return what is left of it.
+    """
 
     def begin(self, unread: str) -> tuple[str, str] | None:
-        """The function's name, behind OPEN; "" if it is still open which; None if this is no call."""
+        """Read the function's name behind OPEN.
+
+        Returns (name, rest), ("", unread) if more text is needed, or None if this is no call.
+        """
         ...
 
     def arguments(self, unread: str) -> tuple[str, str]:
-        """What is certain of the arguments' JSON."""
+        """Read arguments: return (the JSON that is certain, rest)."""
         ...
 
     def end(self, unread: str) -> str | None:
-        """Behind CLOSE; None if it is not there."""
+        """Read the end of the call: return what stands behind CLOSE, None if CLOSE is not there."""
         ...
 
     def may_go_on(self, unread: str) -> bool:
-        """Whether more text could make sense of what is unread."""
+        """Return whether the unread text may be part of this call, once more of it has come."""
         ...
 
     def cut(self, unread: str) -> str:
-        """What of the unread is content when no more text comes."""
+        """Return what of the unread text is content, when no more text comes."""
         ...
 
 
 class CallReader:
-    """Blanks around a call are dropped."""
+    """A reader of content with tool calls.
+
+    Blanks around a call are dropped. new_call: makes a parser of one call.
+    """
 
     def __init__(self, new_call: Callable[[], _Call]) -> None:
         self._new_call = new_call
-        self._call: _Call | None = None  # whose arguments come
+        self._call: _Call | None = None  # the call whose arguments come, None outside of one
         self._num_calls = 0
         self._unread = ""
         self._blanks_are_dropped = False
@@ -69,7 +78,7 @@ class CallReader:
         return [Content(rest)] if rest else []
 
     def _step(self, parts: list[Part]) -> bool:
-        """Read a little. False: more text is needed."""
+        """Read one part. Returns False if more text is needed."""
         if self._call is not None:
             return self._within(self._call, parts)
         if self._blanks_are_dropped:
@@ -86,10 +95,10 @@ class CallReader:
         return bool(opened) and self._begin(behind, parts)
 
     def _begin(self, behind: str, parts: list[Part]) -> bool:
-        """self._unread is blanks, OPEN and what stands behind it."""
+        """Begin a call, if this is one. self._unread holds blanks, OPEN, and then `behind`."""
         call = self._new_call()
         begun = call.begin(behind)
-        if begun is None:  # so OPEN is just a text
+        if begun is None:  # so OPEN is content like any other
             parts.append(Content(self._unread[: len(self._unread) - len(behind)]))
             self._unread = behind
             return True
@@ -115,9 +124,10 @@ class CallReader:
 
 
 class HermesCall:
-    """{"name": "f", "arguments": {...}}: the arguments come as they are, up to the brace that closes them.
+    """The parser of hermes: {"name": "f", "arguments": {...}}.
 
-    They need not be right: the client sees what the model wrote. A missing last brace or CLOSE is forgiven.
+    The arguments are passed on as they are, up to the brace that closes them. They need not be valid JSON:
+    the client sees what the model wrote. A missing last brace or CLOSE is forgiven.
     """
 
     _HEAD = Expression(
@@ -142,7 +152,7 @@ class HermesCall:
     def arguments(self, unread: str) -> tuple[str, str]:
         end = 0
         while end < len(unread) and not self._complete:
-            if unread[end] == "<" and not self._in_string:  # there is none in JSON: a brace is missing
+            if unread[end] == "<" and not self._in_string:  # not JSON: a brace is missing
                 self._complete = True
                 break
             self._take(unread[end])
@@ -157,7 +167,7 @@ class HermesCall:
         return not self._complete or self._TAIL.may_come(unread)
 
     def cut(self, unread: str) -> str:
-        return ""  # the beginning of the tail
+        return ""  # what is unread is the beginning of the tail
 
     def _take(self, character: str) -> None:
         if self._in_string:
@@ -171,9 +181,10 @@ class HermesCall:
 
 
 class GlmCall:
-    """name, then keys and values. schemas: of every tool's parameters, by name.
+    """The parser of GLM-4.x: the function's name, then keys and values.
 
-    A value is a string where the schema says so, else JSON, and if it is none, a string after all.
+    A value is a string where the schema says so, else JSON, and if it is no JSON, a string after all.
+    schemas: the JSON schema of every tool's parameters, by the tool's name.
     """
 
     _NAME = r"[^\s<]"
@@ -219,12 +230,13 @@ class GlmCall:
 
 
 def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the properties of an object's schema, empty if it has none."""
     properties = schema.get("properties")
     return properties if isinstance(properties, Mapping) else {}
 
 
 def types_of(schema: object) -> set[str]:
-    """The types that a schema names, alternatives' included."""
+    """Return the types that a schema names, including those of its alternatives."""
     if not isinstance(schema, Mapping):
         return set()
     named = schema.get("type", [])
@@ -235,6 +247,7 @@ def types_of(schema: object) -> set[str]:
 
 
 def list_of(value: object) -> Sequence[object]:
+    """Return the value if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
@@ -243,6 +256,7 @@ def _strings(value: object) -> list[str]:
 
 
 def _as_json(value: str, types: set[str]) -> str:
+    """Return the JSON of a value that the model wrote without quotes. types: those that its schema names."""
     stripped = value.strip()
     is_null = stripped == "null" and "null" in types
     if is_null or ("string" not in types and _is_json(stripped)):

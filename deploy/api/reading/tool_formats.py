@@ -1,4 +1,4 @@
-"""How one checkpoint's model writes tool calls: read by deploy.api.tool_calls, and as a grammar that forces them."""
+"""The formats in which models write tool calls: a reader of each, and the grammar that forces a call."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,10 @@ _NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 
 
 class CallableFunction(Protocol):
-    """A function that the model may call. Its parameters are the JSON schema of an object; empty if it takes none."""
+    """A function that the model may call.
+
+    Its parameters are the JSON schema of an object; empty if it takes none.
+    """
 
     @property
     def name(self) -> str: ...
@@ -32,22 +35,31 @@ class CallableFunction(Protocol):
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """new_reader: for the answer of a model that may call these functions. call_rules: in Lark, of one call of one of
-    these functions; the rule is `call`."""
+    """The format of a model's tool calls.
+
+    new_reader: makes the reader of an answer that may call these functions. call_rules: returns the Lark
+    rules of one call of one of these functions; the rule is named `call`.
+    """
 
     new_reader: Callable[[Sequence[CallableFunction]], CallReader]
     call_rules: Callable[[Sequence[CallableFunction]], str]
 
 
 def format_of(template: str) -> ToolFormat | None:
-    """Of a chat template. None: it has no tool calls, or some that we cannot read, as Qwen3-Coder's."""
+    """Return the format of a chat template.
+
+    None if the template has no tool calls, or some that we cannot read, as Qwen3-Coder's.
+    """
     if "<arg_key>" in template:
         return _GLM
     return _HERMES if OPEN in template and "<function=" not in template else None
 
 
 def calls_rules(rules: str, *, several: bool) -> str:
-    """Lark rules of an answer that is a call, or one or several; the rule is `calls`."""
+    """Return the Lark rules of an answer that is one call, or with `several` one or more.
+
+    The rule is named `calls`.
+    """
     return f'calls: ("\\n"? call){"+" if several else ""}\n{rules}'
 
 
@@ -84,7 +96,10 @@ def _glm_pair(key: str, name: str) -> str:
 
 
 def _glm_value(schema: Any, around: Mapping[str, Any]) -> str:
-    """Up to </arg_value>. A string stands there as it is, anything else as JSON."""
+    """Return the rule of a value up to </arg_value>.
+
+    A string stands there as it is, anything else as JSON.
+    """
     if "string" in types_of(schema):
         words = schema.get("enum")
         if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
@@ -100,7 +115,10 @@ def _schema(function: CallableFunction) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    """With the blanks that chat templates put, for these are what the model has seen."""
+    """Return the rule of a schema's JSON.
+
+    It has the blanks that chat templates put, for these are what the model has seen.
+    """
     return json_rule(schema, item_separator=", ", key_separator=": ")
 
 
