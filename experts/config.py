@@ -1,4 +1,4 @@
-"""What a user may say about the experts and about the wire to them."""
+"""The settings of a user for the experts and for the wire to them."""
 
 from typing import Literal
 
@@ -6,50 +6,53 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and an unknown key is an error."""
+    """The base of every config: it is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ExpertsConfig(Config):
-    """May change while serving: it stands in the Router deployment's `user_config`."""
+    """The settings of the experts.
+
+    They may change while serving: they stand in the Router deployment's `user_config`.
+    """
 
     shards: int = Field(ge=1)
-    """EP ranks, each a process that pins its share of every layer's experts."""
+    """The number of EP ranks, each a process that pins its share of every layer's experts."""
 
     backend: Literal["auto", "reference", "torch", "cpu", "triton", "b12x", "b12x-w4a16", "b12x-emulated"] = (
         "auto"
     )
-    """The kernel. `auto` takes the fastest that this machine's devices run."""
+    """The kernel that computes experts. `auto` takes the fastest that this machine's devices run."""
 
     strategy: Literal["auto", "spread", "pack"] = "auto"
-    """Where shards go: `spread` wants a node each, `pack` fills a node first, `auto` spreads if it can."""
+    """The placement of shards on nodes: `spread` wants a node each, `pack` fills a node first, `auto` spreads if it can."""
 
     scales: Literal["exact", "baked"] = "exact"
-    """Of `b12x` and its emulation. `exact` keeps the checkpoint's multipliers; `baked` rounds them into the block scales,
-    which is less accurate and what vLLM's class for this kernel does."""
+    """The multipliers of `b12x` and its emulation. `exact` keeps the checkpoint's; `baked` rounds them into the block
+    scales, which is less accurate and what vLLM's class for this kernel does."""
 
     micro: bool = False
-    """Of `b12x`: leave FlashInfer's micro kernels on for calls of up to 8 tokens, although they race."""
+    """Leave FlashInfer's micro kernels on for calls of backend `b12x` of up to 8 tokens, although they race."""
 
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of each shard's kernel; None leaves it to torch, which takes every core. `cpu` uses one."""
+    """The CPU threads of each shard's kernel; None leaves it to torch, which takes every core. `cpu` uses one."""
 
 
 class FabricConfig(Config):
-    """The wire between router and shards; fixed for the life of a router."""
+    """The settings of the wire between router and shards. They are fixed for the life of a router."""
 
     kind: Literal["auto", "local", "tcp"] = "auto"
-    """`local` runs every shard inside the router's process; `auto` is `tcp`."""
+    """The kind of wire. `local` runs every shard inside the router's process; `auto` is `tcp`."""
 
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of hidden states and partial sums on the wire; `auto` follows the trunk."""
+    """The dtype of hidden states and partial sums on the wire; `auto` is the trunk's."""
 
     slow_after_s: float = Field(default=2.0, gt=0)
-    """A shard that takes longer over one layer is reported in the log."""
+    """The seconds that a shard may take over one layer before the log reports it as slow."""
 
     dead_after_s: float = Field(default=10.0, gt=0)
-    """A shard that takes longer over one layer is declared dead and replaced."""
+    """The seconds that a shard may take over one layer before it is declared dead and replaced."""
 
     @model_validator(mode="after")
     def _slow_before_dead(self) -> "FabricConfig":

@@ -1,4 +1,4 @@
-"""ExpertPlacement: which expert sits in which physical slot. Pure data and pure functions, without torch.
+"""ExpertPlacement says which expert sits in which physical slot. Pure data and pure functions, without torch.
 
 Glossary (the field's): a *logical* expert is one that the checkpoint numbers. A *physical* expert is a slot that
 holds a copy of one; a logical expert with two slots has one *redundant* copy. EP rank r owns the physical ids
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from experts.weights import MoEShape
 
 EMPTY = -1
+"""The id in a slot that holds no expert, and of an expert that is not on this rank."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertPlacement:
-    """Pure data, fixed in size for a deployment, so kernels and pointers never move.
+    """A map from physical slots to logical experts. Its size is fixed for a deployment, so kernels and pointers never move.
 
     slots_LP: int32, the logical id in each physical slot, EMPTY for a spare one. P = ranks * slots_per_rank.
         A dense layer's row is all EMPTY; in a MoE layer every logical expert has at least one slot.
@@ -34,15 +35,16 @@ class ExpertPlacement:
 
     @property
     def num_ranks(self) -> int:
+        """The number of EP ranks."""
         return self.slots_LP.shape[1] // self.slots_per_rank
 
     def local(self, rank: int) -> NDArray[np.int32]:
-        """[L, slots_per_rank]: the logical ids that `rank` holds."""
+        """Return [L, slots_per_rank]: the logical ids that `rank` holds."""
         return self.slots_LP[:, rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
 
     @cached_property
     def primary_LE(self) -> NDArray[np.int32]:
-        """int32 [L, E]: the first slot of every logical expert; EMPTY in dense layers."""
+        """The first slot of every logical expert, int32 [L, E]; EMPTY in dense layers."""
         num_layers, num_slots = self.slots_LP.shape
         num_experts = int(self.slots_LP.max()) + 1
         primary_LE = np.full((num_layers, num_experts), EMPTY, np.int32)
@@ -61,7 +63,7 @@ class ExpertPlacement:
 
 
 def place_evenly(shape: MoEShape, *, num_ranks: int) -> ExpertPlacement:
-    """A checkpoint's experts in contiguous shares."""
+    """Return the placement of a checkpoint's experts in contiguous shares, see even_placement."""
     return even_placement(
         shape.moe_layers, num_layers=shape.num_layers, num_experts=shape.num_experts, num_ranks=num_ranks
     )
@@ -70,7 +72,10 @@ def place_evenly(shape: MoEShape, *, num_ranks: int) -> ExpertPlacement:
 def even_placement(
     moe_layers: tuple[int, ...], *, num_layers: int, num_experts: int, num_ranks: int
 ) -> ExpertPlacement:
-    """Contiguous shares that differ by at most one expert: 32 experts on 3 ranks are 11, 11 and 10."""
+    """Return contiguous shares that differ by at most one expert: 32 experts on 3 ranks are 11, 11 and 10.
+
+    Raises ValueError if there are more ranks than experts.
+    """
     if num_ranks > num_experts:
         raise ValueError(
             f"experts.shards={num_ranks} is more than the model's {num_experts} experts per layer"

@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, lines in a log elsewhere."""
+"""Progress of long work, shown as a bar on a terminal and as lines in a log elsewhere."""
 
 import logging
 import sys
@@ -14,14 +14,17 @@ logger = logging.getLogger(__name__)
 
 BAR_AFTER_S = 1.0
 LINE_S = 5.0
-"""Between two lines, and before the first: work that is over by then leaves no trace in a log."""
+"""The seconds between two lines, and before the first: work that is over by then leaves no trace in a log."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """done of total pieces. work: what they are, such as `experts`. now: the next of them, "" if nobody need know."""
+    """The state of a long work: `done` of `total` pieces.
+
+    work: what the pieces are, such as `experts`. now: the next piece, "" where it has no name worth showing.
+    """
 
     done: int
     total: int
@@ -33,20 +36,20 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-"""Is told before every piece of a work, and at its end."""
+"""A function that is called with the Progress before every piece of a work, and at its end."""
 
 
 def silent(progress: Progress) -> None:
-    """A Report to nobody."""
+    """A Report that shows nothing."""
 
 
 def show(name: str) -> Report:
-    """To a person. name: whose work it is, such as `shard 1`."""
+    """Return a Report to a person, as a bar or as lines. name: whose work it is, such as `shard 1`."""
     return _Bar(name) if sys.stderr.isatty() else _Lines(name)
 
 
 def each(pieces: Sequence[T], work: str, report: Report) -> Iterator[T]:
-    """The pieces, to be worked on one after the other."""
+    """Yield the pieces one after the other, and report before each of them and at the end."""
     for done, piece in enumerate(pieces):
         report(Progress(done, len(pieces), work))
         yield piece
@@ -54,7 +57,7 @@ def each(pieces: Sequence[T], work: str, report: Report) -> Iterator[T]:
 
 
 class _Bar:
-    """One work after the other, each with a bar of its own, which is gone at its end."""
+    """A Report of one work after the other, each with a bar of its own that is gone at its end."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -75,7 +78,7 @@ class _Bar:
 
 
 class _Lines:
-    """One work after the other, a line now and then."""
+    """A Report of one work after the other as a line of the log now and then."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""`sparkmoe selftest`: whether every backend that this machine can run computes what it should, and how fast.
+"""`sparkmoe selftest` finds out whether every backend that this machine can run computes what it should, and how fast.
 
 T tokens, D hidden, K top-k, e slots, I intermediate. A pair is a (token, expert) of a local expert.
 """
@@ -26,18 +26,19 @@ from experts.progress import show
 from experts.weights import ExpertWeights, MoEShape
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03}
-"""Of a row's relative error. float32: the order of additions. bfloat16: outputs, and weights where a backend keeps them
-so, are rounded by 2^-9; the b12x kernels round each partial sum, and a sum that was added in another order may fall into
-the next FP4 code. A swap, a lost multiplier or another expert is wrong by more than 0.04 in some row."""
+"""The largest relative error of a row that passes. In float32 only the order of additions differs. In bfloat16 outputs, and
+weights where a backend keeps them so, are rounded by 2^-9; the b12x kernels round each partial sum, and a sum that was added
+in another order may fall into the next FP4 code. A swap, a lost multiplier or another expert is wrong by more than 0.04 in
+some row."""
 
 REPEATS = 20
 BYTES_PER_WEIGHT = 9 / 16
-"""A 4-bit code, and an e4m3 scale per 16 of them."""
+"""A weight is a 4-bit code, and 16 of them share an e4m3 scale."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one shard of several holds of a layer: ids of num_slots * shards experts reach it."""
+    """The sizes of one shard's share of a layer. The ids of num_slots * shards experts reach the shard."""
 
     name: str
     hidden: int
@@ -48,6 +49,7 @@ class Layer:
 
     @property
     def shape(self) -> MoEShape:
+        """The shape of a model that has this layer only, and only this shard's experts."""
         return MoEShape(1, (0,), self.num_slots, self.hidden, self.intermediate)
 
 
@@ -57,10 +59,12 @@ LAYERS = (
     Layer("an odd size", 1024, 704, num_slots=11, top_k=6),
 )
 TOKENS = {"cuda": (1, 16, 129, 2048), "cpu": (1, 16, 129)}
-"""By the device's type. At top-8 the static kernel's calls end with 128."""
+"""The numbers of tokens to test, by the device's type. At top-8 the static kernel takes calls of up to 128."""
 
 
 class Call(NamedTuple):
+    """The arguments of one forward, and a name for people."""
+
     name: str
     x_TD: Tensor
     local_TK: Tensor
@@ -68,7 +72,10 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-    """error: the largest relative error of a row. us: of a call, median. trouble: what is wrong, or empty."""
+    """The verdict on one call.
+
+    error: the largest relative error of a row. us: the median time of a call. trouble: what is wrong, or empty.
+    """
 
     call: str
     error: float
@@ -79,7 +86,10 @@ class Result(NamedTuple):
 
 
 def selftest(device: torch.device, *, echo: Callable[[str], None]) -> bool:
-    """Test every backend on every layer. echo: gets a line as soon as there is one. Returns whether all is well."""
+    """Test every backend on every layer and return whether all is well.
+
+    echo: gets each line as soon as it is known.
+    """
     names, reason = backends_of(device)
     echo(machine_sentence(device))
     if reason:
@@ -104,7 +114,7 @@ def selftest(device: torch.device, *, echo: Callable[[str], None]) -> bool:
 
 
 def backends_of(device: torch.device) -> tuple[tuple[str, ...], str]:
-    """What to test here, and why b12x is not among it, or empty."""
+    """Return the backends to test here, and why b12x is not one of them (empty if it is)."""
     machine = machine_of(device)
     reason = why_not(machine) or ""
     if machine.capability is None:
@@ -114,12 +124,18 @@ def backends_of(device: torch.device) -> tuple[tuple[str, ...], str]:
 
 
 def passed(device: torch.device, reason: str, results: Iterable[Result]) -> bool:
-    """An SM12x GPU that lacks what b12x needs has not passed, however well the others do."""
+    """Return whether the machine has passed.
+
+    An SM12x GPU that lacks what b12x needs has not, however well the others do.
+    """
     return not any(result.trouble for result in results) and not (reason and is_sm12x(machine_of(device)))
 
 
 def random_experts(layer: Layer, device: torch.device) -> list[ExpertWeights]:
-    """As trained ones: weights of deviation 0.02, each matrix with a multiplier of its own, inputs of deviation 1."""
+    """Return random experts that resemble trained ones.
+
+    Weights have deviation 0.02, each matrix a multiplier of its own, and inputs deviation 1.
+    """
     random = torch.Generator(device).manual_seed(layer.hidden)
 
     def matrix(rows: int, columns: int, std: float) -> Tensor:
@@ -139,7 +155,7 @@ def random_experts(layer: Layer, device: torch.device) -> list[ExpertWeights]:
 
 
 def calls(layer: Layer, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
-    """Experts chosen at random from all shards', so some rows have none here; and all tokens on one expert."""
+    """Yield a call with experts chosen at random of all shards, so that some rows have none here, and one on one expert."""
     random = torch.Generator(device).manual_seed(num_tokens)
     x_TD = torch.randn(num_tokens, layer.hidden, generator=random, device=device).to(dtype)
     order_TE = torch.rand(num_tokens, layer.num_slots * layer.shards, generator=random, device=device)
@@ -153,7 +169,7 @@ def calls(layer: Layer, num_tokens: int, *, dtype: torch.dtype, device: torch.de
 
 
 def dequantised(experts: Sequence[ExpertWeights], call: Call) -> Tensor:
-    """float32 [T, D]: the truth for kernels that compute on the checkpoint's weights, expert by expert."""
+    """Return float32 [T, D]: the right answer of kernels that compute on the checkpoint's weights, expert by expert."""
     sum_TD = torch.zeros_like(call.x_TD, dtype=torch.float32)
     for slot, expert in enumerate(experts):
         token_R, k_R = (call.local_TK == slot).nonzero(as_tuple=True)
@@ -166,20 +182,24 @@ def dequantised(experts: Sequence[ExpertWeights], call: Call) -> Tensor:
 
 
 def run(backend: ExpertBackend, call: Call) -> Tensor:
+    """Return what the backend computes for a call."""
     out_TD = torch.full_like(call.x_TD, float("nan"))  # every row has to be written
     backend.forward(0, call.x_TD, call.local_TK, call.w_TK, out_TD=out_TD)
     return out_TD
 
 
 def largest_error(found_TD: Tensor, truth_TD: Tensor) -> float:
-    """Of a row, relative to the row's norm; infinite if it is not finite, or if one is not zero that must be."""
+    """Return the largest error of a row, relative to the row's norm.
+
+    It is infinite if a row is not finite, or if a row is not zero that must be.
+    """
     error_T = (found_TD.float() - truth_TD).norm(dim=1)
     relative_T = torch.where(error_T == 0, 0.0, error_T / truth_TD.norm(dim=1))
     return float(relative_T.nan_to_num(nan=float("inf")).max())
 
 
 def seconds(call: partial[Tensor], device: torch.device) -> float:
-    """Median of REPEATS, after one to warm up."""
+    """Return the median time of REPEATS calls, after one call to warm up."""
     times = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -191,7 +211,10 @@ def seconds(call: partial[Tensor], device: torch.device) -> float:
 
 
 def judge(backend: ExpertBackend, call: Call, truth_TD: Tensor, *, layer: Layer, same_bits: bool) -> Result:
-    """same_bits: whether the backend promises to compute the same call to the same bits."""
+    """Compare one call with the truth and time it.
+
+    same_bits: the backend promises the same bits for the same call.
+    """
     device, limit = call.x_TD.device, LIMITS[call.x_TD.dtype]
     found_TD = run(backend, call)
     error = largest_error(found_TD, truth_TD)
@@ -208,7 +231,7 @@ def judge(backend: ExpertBackend, call: Call, truth_TD: Tensor, *, layer: Layer,
 def results_of(
     name: str, layer: Layer, experts: Sequence[ExpertWeights], tokens: Sequence[int], device: torch.device
 ) -> Iterator[Result]:
-    """One backend on one layer. A call that raises is a result like any other."""
+    """Yield the results of one backend on one layer. A call that raises is a result like any other."""
     dtype = resolve_dtype("auto", device=device)
     try:
         backend = _filled(name, layer, experts, dtype, device)
@@ -232,7 +255,7 @@ def results_of(
 
 
 def machine_sentence(device: torch.device) -> str:
-    """What whoever reads a report needs to know."""
+    """Return one line on the device and the packages, for the reader of a report."""
     installed: Mapping[str, str | None] = machine_of(device).installed
     packages = ", ".join(f"{name} {installed[name] or '-'}" for name in VERSIONS)
     where = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""ExpertShard: the local experts of one EP rank. Stateless between calls, never imports transformers."""
+"""ExpertShard computes the local experts of one EP rank. It keeps no state between calls and never imports transformers."""
 
 import threading
 from collections.abc import Iterator
@@ -16,9 +16,10 @@ from experts.weights import ExpertWeights, MoEShape
 
 
 class ExpertShard:
-    """One EP rank: physical ids in, partial sums out.
+    """The experts of one EP rank: it takes rows with physical expert ids and returns their partial sums.
 
     A kernel may hold the whole device, so one forward runs at a time, whichever link's thread it comes from.
+    in_graph: a CUDA graph may hold a forward.
     """
 
     def __init__(
@@ -51,18 +52,21 @@ class ExpertShard:
         self._moe_layers = frozenset(shape.moe_layers)
 
     def counts(self) -> PairCounts:
-        """Of what was computed since the start. Waits for the device, and keeps no forward waiting for that."""
+        """Return the totals of what was computed since the start.
+
+        Waits for the device, but keeps no forward waiting.
+        """
         with self._one_forward:
             totals = self._totals()
         return PairCounts(*totals.tolist())
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None:
-        """Into a local slot, in place, between two forwards: whoever routes to the slot gets the new expert."""
+        """Write an expert into a local slot, in place, between two forwards; later rows for the slot get the new expert."""
         with self._one_forward:
             self._backend.write_slot(layer, slot, weights)
 
     def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, report: Report) -> None:
-        """Fill every slot that the placement gives this rank. Reads only those experts from disk."""
+        """Fill every slot that the placement gives this rank. Only those experts are read from disk."""
         for layer, slot, expert in each(list(slots_of(placement, self.rank)), "experts", report):
             self.write_slot(layer, slot, checkpoint.read(layer, expert))
 
@@ -87,7 +91,7 @@ class ExpertShard:
 
 
 def slots_of(placement: ExpertPlacement, rank: int) -> Iterator[tuple[int, int, int]]:
-    """(layer, local slot, logical expert) of every filled slot of a rank, in layer order."""
+    """Yield (layer, local slot, logical expert) of every filled slot of a rank, in layer order."""
     for layer, row in enumerate(placement.local(rank).tolist()):
         for slot, expert in enumerate(row):
             if expert != EMPTY:
@@ -105,7 +109,10 @@ def load_shard(
     settings: KernelSettings = DEFAULTS,
     report: Report = silent,
 ) -> ExpertShard:
-    """A shard that is ready: its experts read from a checkpoint, its kernels warm. backend: may be `auto`."""
+    """Return a shard that is ready: its experts are read from the checkpoint, its kernels warm.
+
+    backend: may be `auto`.
+    """
     shard = ExpertShard(
         checkpoint.shape,
         rank=rank,

@@ -1,4 +1,4 @@
-"""The types in which expert weights travel from a checkpoint to a backend. Light: does not import torch."""
+"""The types in which expert weights travel from a checkpoint to a backend. The module does not import torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MoEShape:
-    """Sizes of a checkpoint's routed experts, read off its tensors (not its config).
+    """The sizes of a checkpoint's routed experts, read off its tensors (not its config).
 
     moe_layers: the indices of the layers that have routed experts, of `num_layers` in all.
     """
@@ -23,7 +23,7 @@ class MoEShape:
 
 @dataclass(frozen=True, eq=False)
 class Nvfp4Weight:
-    """One matrix [N, K], stored [out, in]: value = e2m1(packed) * e4m3(scale) * scale_2.
+    """One NVFP4 matrix [N, K], stored [out, in]: value = e2m1(packed) * e4m3(scale) * scale_2.
 
     packed: uint8 [N, K/2], element 2i in the low nibble, 2i+1 in the high one.
     scale: float8_e4m3fn [N, K/16], linear (not swizzled), one per 16 elements of a row.
@@ -37,11 +37,11 @@ class Nvfp4Weight:
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """One SwiGLU expert: down(silu(gate(x)) * up(x)).
+    """The weights of one SwiGLU expert: down(silu(gate(x)) * up(x)).
 
     gate, up: [I, D]; down: [D, I].
-    input_scale, down_input_scale: float32 [], amax / 2688 of the inputs of gate/up and of down, the plain
-        multiplier; None in a W4A16 checkpoint.
+    input_scale, down_input_scale: float32 [], the plain multipliers amax / 2688 of the inputs of gate and up, and of
+        down; None in a W4A16 checkpoint.
     """
 
     gate: Nvfp4Weight

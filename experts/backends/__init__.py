@@ -14,7 +14,7 @@ from experts.progress import Progress
 from experts.weights import ExpertWeights
 
 Scales = Literal["exact", "baked"]
-"""How backends of the b12x kind treat the multipliers (scale_2, input scales) of a checkpoint.
+"""The treatment of a checkpoint's multipliers (scale_2, input scales) by backends of the b12x kind.
 
 exact: they stay as they are, in float32.
 baked: scale_2 is multiplied into the e4m3 block scales, which rounds them (and below 2^-10 loses them), and every
@@ -24,13 +24,17 @@ baked: scale_2 is multiplied into the e4m3 block scales, which rounds them (and 
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """The settings of a kernel that a user may choose, see ExpertsConfig. A backend ignores those that it does not have."""
+    """The settings of a kernel that a user may choose, see ExpertsConfig.
+
+    A backend ignores those that it does not have.
+    """
 
     scales: Scales = "exact"
     micro: bool = False
 
     @classmethod
     def of(cls, experts: ExpertsConfig) -> "KernelSettings":
+        """Return the settings that this config states."""
         return cls(scales=experts.scales, micro=experts.micro)
 
 
@@ -49,7 +53,7 @@ class PairCounts(NamedTuple):
 
 
 class LocalPairs(Protocol):
-    """Finds the pairs of one shard's experts in the routing of a forward, and counts them.
+    """The way in which a shard finds the pairs of its own experts in the routing of a forward, and counts them.
 
     The caller sees to it that one thread at a time is in `local` or `totals`.
     in_graph: a CUDA graph may hold `local`.
@@ -65,7 +69,7 @@ class LocalPairs(Protocol):
         ...
 
     def totals(self) -> Tensor:
-        """Return int64 [2], the PairCounts: a tensor on the device, so the caller may wait for it where it keeps no forward waiting."""
+        """Return the PairCounts as int64 [2] on the device, so that the caller can wait for them without holding a lock."""
         ...
 
 
@@ -94,9 +98,9 @@ class ExpertBackend(Protocol):
     def take_physical(self, first_slot: int) -> Callable[[], Tensor] | None:
         """Have `forward` take physical ids from now on, of which [first_slot, first_slot + num_slots) are local.
 
-        Its kernels then find the local pairs and count them. Returns what reads the counts, with the contract of
-        LocalPairs.totals; it is never called during a forward. Most backends cannot do so and return None: their
-        `forward` keeps taking local slots.
+        The backend then finds the local pairs and counts them. Returns a function that reads the counts, with the
+        contract of LocalPairs.totals; it is never called during a forward. Most backends cannot do this and return None:
+        their `forward` keeps taking local slots.
         """
         return None
 

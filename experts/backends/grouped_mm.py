@@ -1,4 +1,4 @@
-"""Backend `torch`: dequantised weights, (token, expert) pairs sorted by expert.
+"""Backend `torch`: products of torch on dequantised weights, with the (token, expert) pairs sorted by expert.
 
 T tokens, D hidden, K top-k, e local slots, P = T * K pairs, R of them routed to a local slot, I intermediate.
 """
@@ -14,13 +14,13 @@ from experts.nvfp4 import dequantize
 from experts.weights import ExpertWeights, MoEShape
 
 FEW_ROWS = 8
-"""Rows per expert, on average, up to which a product with each expert's weights as the left factor is quicker."""
+"""The average number of rows per expert up to which a product with each expert's weights as the left factor is quicker."""
 
 
 class GroupedMmBackend(ExpertBackend):
-    """Weights are dequantised once, to the dtype of the activations: exact, quick on a CPU, large in memory.
+    """A backend whose weights are dequantised once, to the dtype of the activations: exact, quick on a CPU, large in memory.
 
-    An expert's rows stand together, so its weights are read once.
+    The rows of an expert stand together, so its weights are read once per forward.
     """
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class GroupedMmBackend(ExpertBackend):
 
 
 def _products(x_RK: Tensor, w_eNK: Tensor, rows_e: Sequence[int]) -> Tensor:
-    """[R, N]: the first rows_e[0] rows by w[0] transposed, the next rows_e[1] by w[1], and so on."""
+    """Return [R, N]: the first rows_e[0] rows of x times w[0] transposed, the next rows_e[1] times w[1], and so on."""
     active = [slot for slot, rows in enumerate(rows_e) if rows]
     if x_RK.is_cuda or len(x_RK) > FEW_ROWS * len(active):
         ends_e = torch.tensor(rows_e, dtype=torch.int32, device=x_RK.device).cumsum(0, dtype=torch.int32)

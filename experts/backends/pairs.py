@@ -1,6 +1,6 @@
-"""Which (token, expert) pairs of a step are a shard's own, and how many there have been.
+"""Finding a shard's own (token, expert) pairs in the routing of a forward, and counting them: see LocalPairs.
 
-T tokens, K top-k, e local slots.
+Backends that do this themselves (ExpertBackend.take_physical) need none of it. T tokens, K top-k, e local slots.
 """
 
 from importlib.util import find_spec
@@ -12,11 +12,14 @@ from experts.backends import LocalPairs
 from experts.placement import EMPTY
 
 FORWARDS_KEPT = 64
-"""Whose pairs lie on the device one by one until they are added up."""
+"""The number of forwards whose counts lie on the device one by one before they are added up."""
 
 
 def local_pairs(*, first_slot: int, num_slots: int, device: torch.device) -> LocalPairs:
-    """Of a shard that has the physical slots [first_slot, first_slot + num_slots), for ids on this device."""
+    """Return the LocalPairs of the shard that owns the physical slots [first_slot, first_slot + num_slots).
+
+    device: where the ids are.
+    """
     if device.type == "cpu":
         return PairsOnCpu(first_slot, num_slots, device)
     if find_spec("triton") is None:
@@ -27,7 +30,7 @@ def local_pairs(*, first_slot: int, num_slots: int, device: torch.device) -> Loc
 
 
 class PairsOnCpu(LocalPairs):
-    """In one compiled loop: on a CPU, to start an operation of torch takes longer than this work."""
+    """LocalPairs as one compiled loop: on a CPU, starting a single operation of torch takes longer than this work."""
 
     def __init__(self, first_slot: int, num_slots: int, device: torch.device) -> None:
         self._first_slot = first_slot
@@ -35,7 +38,7 @@ class PairsOnCpu(LocalPairs):
         self._num_pairs = self._num_activated = 0
 
     def local(self, phys_TK: Tensor) -> Tensor:
-        from experts.backends.cpu.loops import to_local  # compiles, which a shard that only loads need not
+        from experts.backends.cpu.loops import to_local  # compiles; a shard that only loads needs none of it
 
         phys_TK = phys_TK.contiguous()
         local_TK = torch.empty_like(phys_TK)
@@ -54,7 +57,7 @@ class PairsOnCpu(LocalPairs):
 
 
 class PairsOnDevice(LocalPairs):
-    """In as few operations as may be: each forward adds its pairs to a row, and many rows are summed at once."""
+    """LocalPairs in few operations of torch: each forward adds its pairs to a row, and many rows are summed at once."""
 
     def __init__(self, first_slot: int, num_slots: int, device: torch.device) -> None:
         self._first_slot = first_slot
@@ -69,7 +72,7 @@ class PairsOnDevice(LocalPairs):
         local_TK.masked_fill_((local_TK < 0) | (local_TK >= self._num_slots), EMPTY)
         if self._num_kept == FORWARDS_KEPT:
             self._add_up()
-        row_P = local_TK.reshape(-1) + 1  # EMPTY's pairs go into column 0, which nobody reads
+        row_P = local_TK.reshape(-1) + 1  # pairs of absent experts go into column 0, which nobody reads
         self._pairs_Fe[self._num_kept].index_add_(0, row_P, self._one.expand_as(row_P))
         self._num_kept += 1
         return local_TK

@@ -1,4 +1,4 @@
-"""The truth: one token and one expert at a time, in float32. T tokens, D hidden, K top-k."""
+"""Backend `reference`: one token and one expert at a time, in float32. T tokens, D hidden, K top-k."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from experts.weights import ExpertWeights, MoEShape
 
 
 class ReferenceBackend(ExpertBackend):
-    """Slow and obvious; every other backend is tested against it. Keeps the packed weights."""
+    """The slow and obvious backend that every other one is tested against. It keeps the packed weights."""
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device

@@ -12,7 +12,7 @@ from experts.backends import ExpertBackend, KernelSettings
 from experts.weights import MoEShape
 
 BackendFactory = Callable[[MoEShape, int, torch.dtype, torch.device, KernelSettings], ExpertBackend]
-"""(shape, num_slots, dtype of x and out, device, settings) -> a backend with unwritten slots."""
+"""Makes a backend with unwritten slots from (shape, num_slots, dtype of x and out, device, settings)."""
 
 
 def _reference(
@@ -89,8 +89,9 @@ BACKENDS: dict[str, BackendFactory] = {
 def resolve_backend(
     name: str, *, shape: MoEShape, dtype: torch.dtype, device: torch.device, weights_only: bool
 ) -> str:
-    """The backend that `auto` stands for here. weights_only: for a W4A16 checkpoint.
+    """Return the name of the backend to run: `name` itself, or what `auto` stands for with these sizes on this device.
 
+    weights_only: the checkpoint is W4A16, so it has no input scales.
     Raises ValueError on an SM12x GPU that lacks what b12x needs.
     """
     from experts.backends.b12x.library import choose, machine_of

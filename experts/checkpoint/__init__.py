@@ -1,1 +1,1 @@
-"""Checkpoints on disk: what is where, read and written."""
+"""Checkpoints on disk: finding, reading and writing their tensors."""

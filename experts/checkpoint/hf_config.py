@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say that its tensors do not."""
+"""The facts in a checkpoint's JSON files that its tensors do not show."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,10 @@ _SUPPORTED = (None, "NVFP4", "W4A16_NVFP4")
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """num_layers: decoder layers, None where config.json is missing; layers beyond are multi-token prediction.
-    quantised: some tensors are, whichever way.
+    """The facts that config.json and hf_quant_config.json state.
+
+    num_layers: decoder layers, None where config.json is missing; layers beyond are multi-token prediction.
+    quantised: some tensors are quantised, in whatever way.
     weights_only: W4A16, that is, the kernel takes 16-bit activations and there are no input scales.
     top_k: experts per token, None where config.json does not say.
     """
@@ -25,9 +27,9 @@ class CheckpointConfig:
 
 
 def read_config(path: Path) -> CheckpointConfig:
-    """Raises ValueError for experts quantised with an algorithm that is not supported.
+    """Read a checkpoint's JSON files. Raises ValueError for experts quantised with an unsupported algorithm.
 
-    hf_quant_config.json stands before config.json's quantization_config, which older exports lack.
+    hf_quant_config.json takes precedence over config.json's quantization_config, which older exports lack.
     """
     config = _read(path / "config.json")
     stated: dict[str, Any] = config.get("quantization_config") or {}
@@ -47,12 +49,12 @@ def read_config(path: Path) -> CheckpointConfig:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
+    """Return a file's JSON object, empty if there is no such file."""
     return read_json(file) if file.is_file() else {}
 
 
 def _expert_algorithm(quantization: dict[str, Any]) -> str | None:
-    """ModelOpt's quant_algo, of the routed experts where layers differ; None if it is not stated."""
+    """Return ModelOpt's quant_algo, that of the routed experts where layers differ; None if it is not stated."""
     algorithm = quantization.get("quant_algo")
     if algorithm != "MIXED_PRECISION":
         return algorithm
@@ -62,7 +64,7 @@ def _expert_algorithm(quantization: dict[str, Any]) -> str | None:
 
 
 def _without_input_scales(quantization: dict[str, Any]) -> bool:
-    """True if every group of 4-bit weights leaves activations alone, whatever quant_algo says."""
+    """Return whether every group of 4-bit weights leaves activations alone, whatever quant_algo says."""
     groups = [
         group
         for group in (quantization.get("config_groups") or {}).values()

@@ -1,4 +1,4 @@
-"""CheckpointIndex: where a checkpoint directory keeps each routed expert, and how large they are."""
+"""CheckpointIndex says where a checkpoint directory keeps each routed expert, and how large the experts are."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,10 +21,11 @@ from experts.weights import MoEShape
 
 
 class CheckpointIndex:
-    """Reads JSON and the files' headers, no tensors. Light: does not import torch.
+    """An index of the routed experts, made from JSON and the files' headers: it reads no tensors and imports no torch.
 
     shape: sizes of the routed experts. format: "dense" experts are not quantised, the others are NVFP4.
-    weights_only: it says so, or has no input scale of any expert. top_k: None where config.json does not say.
+    weights_only: the checkpoint says that it is W4A16, or has no input scale of any expert.
+    top_k: experts per token, None where config.json does not say.
     Raises ValueError, naming file, tensor or expert, for a checkpoint that is broken or not supported.
     """
 
@@ -55,7 +56,7 @@ class CheckpointIndex:
         self.files.close()
 
     def module_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """What gate, up and down are called; where experts are stacked, what they would be called if not."""
+        """Return the names of an expert's gate, up and down; where experts are stacked, the names that they would have."""
         if self._stacked:
             stem = self._name(ExpertTensor(layer, None, "down", "weight")).removesuffix("down_proj")
             return f"{stem}{expert}.gate_proj", f"{stem}{expert}.up_proj", f"{stem}{expert}.down_proj"
@@ -65,7 +66,7 @@ class CheckpointIndex:
         return gate, up, down
 
     def other_names(self) -> Iterator[str]:
-        """Every tensor that read() does not read, file by file."""
+        """Yield the name of every tensor that read() does not read, file by file."""
         experts = set(self._names.values())
         return (name for name in self.files if name not in experts)
 
@@ -75,7 +76,7 @@ class CheckpointIndex:
         )
 
     def _read_shape(self, num_layers: int) -> tuple[bool, MoEShape]:
-        """Also whether stacked experts are K-first, that is, [E, in, out]."""
+        """Return whether stacked experts are K-first, that is [E, in, out], and the shape."""
         layers = tuple(sorted({tensor.layer for tensor in self._names}))
         packing, weight = (1, "weight") if self.format == "dense" else (2, PARTS[self.format].packed)
         if not self._stacked:
@@ -93,13 +94,13 @@ class CheckpointIndex:
         return k_first, MoEShape(num_layers, layers, down[0], hidden, intermediate)
 
     def _check_complete(self, layers: tuple[int, ...], num_experts: int, weight: str) -> None:
-        """Raises ValueError if an expert lacks a matrix: a file is missing, and there is no index that names it."""
+        """Raise ValueError if an expert lacks a matrix: a file is missing, and there is no index that names it."""
         for layer, expert in itertools.product(layers, range(num_experts)):
             for matrix in ("gate", "up", "down"):
                 self._name(ExpertTensor(layer, expert, matrix, weight))
 
     def _matrices(self, layer: int, expert: int) -> tuple[ExpertTensor, ExpertTensor, ExpertTensor]:
-        """gate, up and down."""
+        """Return the weights of gate, up and down. Raises ValueError if there is no such expert."""
         if layer not in self.shape.moe_layers or not 0 <= expert < self.shape.num_experts:
             raise ValueError(
                 f"{self.path}: has no expert {expert} in layer {layer}, only {self.shape.num_experts} in each of "
@@ -109,12 +110,12 @@ class CheckpointIndex:
         return gate, up, down
 
     def _locate(self, tensor: ExpertTensor) -> tuple[str, tuple[int | slice, ...]]:
-        """The tensor on disk, and the index of our part of it."""
+        """Return the name of the tensor on disk, and the index of the wanted part of it."""
         if not self._stacked:
             return self._name(tensor), ()
         name = self._name(tensor.stacked())
         if len(self.files.shape(name)) < 3:
-            return name, ()  # one multiplier for the whole layer
+            return name, ()  # it is one multiplier for the whole layer
         size = self.shape.intermediate
         rows = {"gate": slice(0, size), "up": slice(size, 2 * size)}.get(tensor.matrix, slice(None))
         assert tensor.expert is not None

@@ -1,4 +1,4 @@
-"""How checkpoints name and store routed experts.
+"""The ways in which checkpoints name and store routed experts.
 
 modelopt            experts.7.gate_proj.weight (U8), .weight_scale, .weight_scale_2, .input_scale
 compressed-tensors  experts.7.gate_proj.weight_packed (U8), .weight_scale, .weight_global_scale (inverse), ...
@@ -33,7 +33,10 @@ _EXPERT = re.compile(rf"(?:.+\.)?experts\.(?:(\d+)\.)?({'|'.join(_MATRICES)})(?:
 
 
 class ExpertTensor(NamedTuple):
-    """Which part of which expert a tensor is. expert: None if it stacks all experts of the layer."""
+    """The identity of a tensor: a part of a matrix of an expert.
+
+    expert: None if it stacks all experts of the layer.
+    """
 
     layer: int
     expert: int | None
@@ -41,7 +44,7 @@ class ExpertTensor(NamedTuple):
     part: str
 
     def size(self, shape: MoEShape) -> tuple[int, int]:
-        """(out, in) of the matrix."""
+        """Return (out, in) of the matrix."""
         return (
             (shape.hidden, shape.intermediate)
             if self.matrix == "down"
@@ -49,12 +52,15 @@ class ExpertTensor(NamedTuple):
         )
 
     def stacked(self) -> "ExpertTensor":
-        """The tensor that holds this one where experts are stacked."""
+        """Return the tensor that holds this one where experts are stacked."""
         return self._replace(expert=None, matrix="down" if self.matrix == "down" else "gate_up")
 
 
 class Parts(NamedTuple):
-    """What a format calls the tensors of a quantised matrix. inverse: scale_2 and input_scale are reciprocals."""
+    """The names that a format gives the tensors of a quantised matrix.
+
+    inverse: scale_2, input_scale are reciprocals.
+    """
 
     packed: str
     scale: str
@@ -72,13 +78,13 @@ PARTS: dict[Format, Parts] = {
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder layer that a tensor belongs to."""
+    """Return the decoder layer that a tensor belongs to, None if it belongs to none."""
     match = _LAYER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def parse_expert(name: str) -> ExpertTensor | None:
-    """None for a tensor of the trunk; shared experts are trunk."""
+    """Return the part of a routed expert that this name stands for, None for the trunk (shared experts are trunk)."""
     layer = _LAYER.fullmatch(name)
     expert = _EXPERT.fullmatch(layer[2]) if layer else None
     if layer is None or expert is None:
@@ -88,7 +94,7 @@ def parse_expert(name: str) -> ExpertTensor | None:
 
 
 def count_layers(names: Iterable[str], *, stated: int | None) -> int:
-    """Decoder layers: those that tensors are of, but no more than config.json states.
+    """Return the number of decoder layers that have tensors, but no more than config.json states.
 
     Layers beyond predict further tokens (MTP); the model does not have them.
     """
@@ -98,7 +104,7 @@ def count_layers(names: Iterable[str], *, stated: int | None) -> int:
 
 
 def check_supported(path: Path, tensors: Collection[ExpertTensor]) -> None:
-    """Raises ValueError if there are no experts, or they compute more or less than SwiGLU."""
+    """Raise ValueError if there are no experts, or they compute more or less than SwiGLU."""
     matrices = {tensor.matrix for tensor in tensors}
     parts = {tensor.part for tensor in tensors}
     if not matrices:
@@ -115,7 +121,10 @@ def check_supported(path: Path, tensors: Collection[ExpertTensor]) -> None:
 
 
 def detect_format(files: TensorFiles, tensors: Mapping[ExpertTensor, str]) -> Format:
-    """Judges by the tensors of one expert, quantised if any is. Raises ValueError for an unsupported format."""
+    """Return the format, judged by one expert, a quantised one if there is any.
+
+    Raises ValueError if unsupported.
+    """
     down = (tensor for tensor in tensors if tensor.matrix == "down")
     sample = max(down, key=lambda tensor: tensor.part in ("weight_scale_2", "weight_global_scale"))
     parts = {tensor.part: files.dtype(name) for tensor, name in tensors.items() if tensor[:3] == sample[:3]}
@@ -137,9 +146,9 @@ def detect_format(files: TensorFiles, tensors: Mapping[ExpertTensor, str]) -> Fo
 def stacked_sizes(
     gate_up: tuple[int, ...], down: tuple[int, ...], *, packing: int
 ) -> tuple[bool, int, int] | None:
-    """(K-first, hidden, intermediate) of 3-D experts; None for shapes that do not fit each other.
+    """Return (K-first, hidden, intermediate) of 3-D experts, or None for shapes that do not fit each other.
 
-    K-first is [E, in, out], where otherwise it is [E, out, in]; `in` counts entries of `packing` elements. The
+    K-first tensors are [E, in, out], the others [E, out, in]; `in` counts entries of `packing` elements. The
     two are never ambiguous: no sizes satisfy both.
     """
     _, a, b = gate_up

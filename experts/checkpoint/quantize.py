@@ -1,4 +1,4 @@
-"""From a BF16 checkpoint to an NVFP4 one as ModelOpt exports it, with only the routed experts quantised."""
+"""Quantising a BF16 checkpoint to an NVFP4 one as ModelOpt exports it: only the routed experts are quantised."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from experts.progress import each, show, silent
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, chat template
 
 LayerAmax = tuple[float, float]
-"""The largest magnitudes, in calibration, of what enters gate and up, and of what enters down."""
+"""The largest magnitudes, in calibration, of the inputs of gate and up, and of the inputs of down."""
 
 
 def quantize_checkpoint(
     src: Path, dst: Path, *, amax: Mapping[int, LayerAmax], progress: bool, file_bytes: int = 2 * 10**9
 ) -> None:
-    """Write `dst`, which appears only when it is complete.
+    """Quantise the checkpoint `src` into `dst`, which appears only when it is complete.
 
-    amax: of every MoE layer; all experts of a layer share the input scales that follow from it.
-    file_bytes: size of each output file, and about the memory this takes.
+    amax: for every MoE layer; all experts of a layer share the input scales that follow from it.
+    file_bytes: the size of each output file, and about the memory that this takes.
     Raises ValueError for a dst that is not empty, or a src that is quantised or whose sizes NVFP4 does not fit.
     """
     check_destination(dst)
@@ -48,7 +48,7 @@ def quantize_checkpoint(
 
 
 def check_destination(dst: Path) -> None:
-    """Raises ValueError unless quantize_checkpoint may write there: ask before a long calibration."""
+    """Raise ValueError unless quantize_checkpoint may write there: to be called before a long calibration."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst}: exists and is not an empty directory; remove it or choose another")
 
@@ -81,8 +81,11 @@ def _copy_small_files(src: Path, dst: Path) -> None:
 
 
 def _hf_quant_config(checkpoint: ExpertCheckpoint) -> dict[str, object]:
-    """As ModelOpt 0.47 writes it: servers look for its name. Exclusions are spelt out where it has wildcards."""
-    excluded = {"lm_head"}  # which has no tensor where embeddings are tied
+    """Return the config that ModelOpt 0.47 writes, whose name servers look for.
+
+    Exclusions are full names where ModelOpt has wildcards.
+    """
+    excluded = {"lm_head"}  # it has no tensor of its own where embeddings are tied
     for name in checkpoint.other_names():
         if name.endswith(".weight") and len(checkpoint.files.shape(name)) > 1:
             excluded.add(name.removesuffix(".weight"))
@@ -100,7 +103,7 @@ def _hf_quant_config(checkpoint: ExpertCheckpoint) -> dict[str, object]:
 def _tensors(
     checkpoint: ExpertCheckpoint, amax: Mapping[int, LayerAmax], *, progress: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """What the new checkpoint holds: first what is copied, then expert by expert, so that each lies in one place."""
+    """Yield the tensors of the new checkpoint: copied ones first, then expert by expert, so that each lies in one place."""
     for name in checkpoint.other_names():
         yield name, checkpoint.files.read(name)
     shape = checkpoint.shape
@@ -112,7 +115,7 @@ def _tensors(
 def _quantize_expert(
     checkpoint: ExpertCheckpoint, layer: int, expert: int, amax: LayerAmax
 ) -> Iterator[tuple[str, Tensor]]:
-    """gate and up share one scale_2, because kernels that fuse them have room for one."""
+    """Yield the tensors of one expert. gate and up share one scale_2, because kernels that fuse them have room for one."""
     weights = checkpoint.read_dense(layer, expert)
     gate_amax, up_amax, down_amax = (w_NK.abs().amax() for w_NK in weights)
     gate_up_scale_2 = scale_2_of(torch.maximum(gate_amax, up_amax))

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds: ExpertCheckpoint reads routed experts one at a time, trunk_tensors() the rest."""
+"""Reading checkpoints: ExpertCheckpoint reads routed experts one at a time, trunk_tensors() all other tensors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from experts.weights import ExpertWeights, Nvfp4Weight
 
 
 class ExpertCheckpoint(CheckpointIndex):
-    """Reads from disk only the experts that are asked for. For one thread; what it returns owns its memory.
+    """A reader of single experts of a checkpoint, for one thread. The tensors that it returns own their memory.
 
     Raises ValueError, naming file, tensor or expert, for a checkpoint that is broken or not supported.
     """
@@ -24,7 +24,7 @@ class ExpertCheckpoint(CheckpointIndex):
     _framework = "pt"
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
-        """An NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken."""
+        """Read an NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken."""
         if self.format == "dense":
             raise ValueError(
                 f"{self.path}: experts are not quantised; run `sparkmoe quantize {self.path} DST`"
@@ -39,7 +39,7 @@ class ExpertCheckpoint(CheckpointIndex):
         )
 
     def read_dense(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate [I, D], up [I, D] and down [D, I] of an expert that is not quantised, in the checkpoint's dtype."""
+        """Read gate [I, D], up [I, D] and down [D, I] of an expert that is not quantised, in the checkpoint's dtype."""
         if self.format != "dense":
             raise ValueError(f"{self.path}: experts are already quantised ({self.format})")
         gate, up, down = (self._read(m, m.size(self.shape), _FLOATS) for m in self._matrices(layer, expert))
@@ -60,12 +60,15 @@ class ExpertCheckpoint(CheckpointIndex):
         return self._multiplier(matrix._replace(part=PARTS[self.format].input_scale))
 
     def _multiplier(self, tensor: ExpertTensor) -> Tensor:
-        """float32 []."""
+        """Read a multiplier, float32 [], not inverted."""
         value = self._read(tensor, (), (torch.float32,))
         return value.reciprocal() if PARTS[self.format].inverse else value
 
     def _read(self, tensor: ExpertTensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
-        """Raises ValueError if the tensor has another shape or dtype; a scalar may be stored as [1]."""
+        """Read a tensor.
+
+        Raises ValueError if it has another shape or dtype; a scalar may be stored as [1].
+        """
         name, index = self._locate(tensor)
         value = self.files.read(name, *index)
         value = value.T.contiguous() if self._k_first and value.ndim == 2 else value
@@ -84,7 +87,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def trunk_tensors(
     path: Path, *, dtype: torch.dtype = torch.bfloat16, report: Report = silent
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model that is not a routed expert's, with the name that the dense model gives it.
+    """Yield every tensor of the model but the routed experts', with the name that it has in the unquantised model.
 
     NVFP4 and FP8 weights are dequantised to `dtype`; others come as they are stored. Scales are consumed, and
     layers of multi-token prediction left out. Raises ValueError for a weight quantised in another way.
@@ -112,7 +115,7 @@ _CONSUMED = (
     ".k_scale",
     ".v_scale",
 )
-"""Scales of weights, and of activations and a KV cache that the trunk does not quantise."""
+"""The names of scales: those of weights, and those of activations and a KV cache, which the trunk does not quantise."""
 
 
 def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
@@ -134,7 +137,7 @@ def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantize_fp8(value_NK: Tensor, scale: Tensor, *, name: str) -> Tensor:
-    """float32; scale: of the whole matrix, or one for each row."""
+    """Return the matrix in float32. scale: one for the whole matrix, or one for each row."""
     if tuple(scale.shape) not in ((), (1,), (len(value_NK),), (len(value_NK), 1)):
         raise ValueError(
             f"{name} has FP8 scales of shape {list(scale.shape)}; per tensor and per row are supported"

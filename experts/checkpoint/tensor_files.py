@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint directory, by name, whichever *.safetensors file holds them."""
+"""Access to the tensors of a checkpoint directory by name, whichever *.safetensors file holds them."""
 
 import json
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorFiles:
-    """Opens each file when it is first needed and keeps it mapped until close(). For one thread.
+    """The *.safetensors files of a directory, for one thread. Each is opened when first needed and mapped until close().
 
-    framework: "pt" can read; "numpy" only tells names, shapes and dtypes, and does without importing torch.
+    framework: with "pt" tensors can be read; "numpy" gives only names, shapes and dtypes, but does not import torch.
     """
 
     def __init__(self, path: Path, *, framework: Literal["pt", "numpy"] = "pt") -> None:
@@ -32,7 +32,7 @@ class TensorFiles:
         self.close()
 
     def __iter__(self) -> Iterator[str]:
-        """Every tensor's name, file by file, so that reading in this order goes through each file once."""
+        """Iterate over all tensors' names, file by file, so that reading in this order goes through each file once."""
         return iter(sorted(self._file_of, key=lambda name: (self._file_of[name], name)))
 
     def __contains__(self, name: object) -> bool:
@@ -45,19 +45,22 @@ class TensorFiles:
         self._open.clear()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the file's header, as dtype(): reads no data."""
+        """Return a tensor's shape, from the file's header: no data is read."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors spells it: BF16, F32, U8, F8_E4M3, ..."""
+        """Return a tensor's dtype as safetensors spells it: BF16, F32, U8, F8_E4M3, ... No data is read."""
         return self._slice(name).get_dtype()
 
     def read(self, name: str, *index: int | slice) -> "Tensor":
-        """tensor[index], or the whole tensor, in memory of its own. Only these bytes are read from disk."""
+        """Return tensor[index], or the whole tensor, in memory of its own.
+
+        Only these bytes are read from disk.
+        """
         return self._slice(name)[index or ...].clone()
 
     def _slice(self, name: str) -> Any:  # safetensors does not export the type
-        """A tensor whose data has not been read."""
+        """Return safetensors' handle of a tensor, whose data is not read yet."""
         if name not in self._file_of:
             raise ValueError(f"{self.path}: has no tensor {name}; {_AGAIN}")
         file = self._file_of[name]
@@ -75,7 +78,7 @@ class TensorFiles:
         return self._open[file]
 
     def _index(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Return the file name of every tensor name."""
         if not self.path.is_dir():
             raise ValueError(f"{self.path}: no such checkpoint directory")
         if (self.path / INDEX).is_file():
@@ -96,10 +99,10 @@ class TensorFiles:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError if the file is not one JSON object."""
+    """Return the JSON object in a file. Raises ValueError if the file is not one JSON object."""
     try:
         value = json.loads(file.read_text())
-    except ValueError as error:  # also of text that is not UTF-8
+    except ValueError as error:  # also raised for text that is not UTF-8
         raise ValueError(f"{file}: not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds no JSON object; {_AGAIN}")

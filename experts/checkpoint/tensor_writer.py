@@ -1,4 +1,4 @@
-"""write_tensors: the *.safetensors files of a new checkpoint."""
+"""Writing the *.safetensors files of a new checkpoint."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,14 +13,14 @@ from experts.checkpoint.tensor_files import INDEX
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int) -> None:
     """Write model files of at most `file_bytes` (unless one tensor is larger), and an index if they are several.
 
-    Holds one file's tensors in memory at a time. Tensors must be contiguous and share no memory.
+    The tensors of one file are in memory at a time. They must be contiguous and share no memory.
     """
     names_of_file: list[list[str]] = []
     total_bytes = 0
     for batch in _batches(tensors, file_bytes=file_bytes):
         part = path / f"{len(names_of_file)}.part"
         save_file(batch, part, metadata={"format": "pt"})
-        part.chmod(path.stat().st_mode & 0o666)  # safetensors lets only the owner read
+        part.chmod(path.stat().st_mode & 0o666)  # safetensors writes files that only the owner may read
         names_of_file.append(list(batch))
         total_bytes += sum(tensor.nbytes for tensor in batch.values())
     count = len(names_of_file)
@@ -38,7 +38,10 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], *, file_byt
 
 
 def _batches(tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Each is emptied when the next is asked for, so that the two are never in memory together."""
+    """Yield the tensors of one file at a time.
+
+    A batch is emptied when the next is asked for: only one is in memory.
+    """
     batch: dict[str, Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors:

@@ -1,7 +1,7 @@
-"""Fabric: the wire between a router and its expert shards, both ends.
+"""The contracts of the wire between a router and its expert shards: Fabric, its messages and its errors.
 
-A router's step is: begin(header), then for every MoE layer in order dispatch and combine. All frames of a step belong
-to one *epoch*: a Membership that the router adopted between two steps. T tokens, D hidden, K top-k.
+A router's step is begin(header), then dispatch and combine for every MoE layer in order. All frames of a step belong to one
+*epoch*: a Membership that the router adopted between two steps. T tokens, D hidden, K top-k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardAddress:
-    """Where one EP rank listens, and what proves that a caller may talk to it.
+    """The address at which one EP rank listens, and the token that proves that a caller may talk to it.
 
-    name: tells incarnations apart: a replacement of a rank has another name. pid is for people and logs.
-    unix: the abstract name of its Unix socket, which is the faster way for a router of the same network namespace;
-        empty if there is none. No two listeners of the world have the same.
+    name: tells incarnations apart: the replacement of a rank has another name.
+    pid: for people and logs.
+    unix: the abstract name of the rank's Unix socket, which is the faster way for a router of the same network namespace;
+        empty if there is none. It is unique among all listeners anywhere.
     """
 
     rank: int
@@ -34,7 +35,7 @@ class ShardAddress:
 
 @dataclass(frozen=True)
 class Membership:
-    """Who is in an epoch: shards[r].rank == r for every rank of the placement."""
+    """The shards of an epoch and the placement of experts on them: shards[r].rank == r for every rank of the placement."""
 
     epoch: int
     shards: tuple[ShardAddress, ...]
@@ -47,9 +48,10 @@ class Membership:
 
 @dataclass(frozen=True)
 class StepHeader:
-    """What a router says of a step before its first layer, on the host.
+    """The description of a step that a router gives to its end of the fabric before the first layer.
 
-    rows: tokens of the step, by which deadlines grow. A shard listens only once its kernels are warm.
+    rows: tokens of the step; deadlines grow with them, and need not allow for compiling, since a shard listens only
+        once its kernels are warm.
     """
 
     epoch: int
@@ -58,11 +60,14 @@ class StepHeader:
 
 
 class FabricError(Exception):
-    """Something that went wrong between a router and its shards."""
+    """The base of what can go wrong between a router and its shards."""
 
 
 class StepFailed(FabricError):
-    """A step that shards could not answer. ranks: theirs, ascending. step and layer are -1 where there is none yet. why: for people."""
+    """Some shards could not answer a step.
+
+    ranks: of these shards, ascending. step, layer: -1 where there is none yet. why: for people.
+    """
 
     did: ClassVar[str]
 
@@ -78,36 +83,39 @@ class StepFailed(FabricError):
 
 
 class PeerLost(StepFailed):
-    """Shards that closed their link, broke the protocol or passed the deadline. The step must be run again."""
+    """Some shards closed their link, broke the protocol or passed the deadline.
+
+    The step must be run again.
+    """
 
     did = "lost shard"
 
 
 class ShardFailed(StepFailed):
-    """Living shards that could not compute a layer, and said why. They closed their links, which `connect` renews.
+    """Some living shards could not compute a layer, and said why. They closed their links, which `connect` renews.
 
-    The step may be run again then; it may also fail again.
+    The step may then be run again; it may also fail again.
     """
 
     did = "no answer from living shard"
 
 
 class Aborted(FabricError):
-    """`abort` or `close` ended the call. Nobody died, so there is nobody to report."""
+    """A call was ended by `abort` or `close`. No shard died, so there is none to report."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """One layer in flight between dispatch and combine."""
+    """A layer in flight, between its dispatch and its combine."""
 
     layer: int
     rows: int
 
 
 class Waited(NamedTuple):
-    """Of one link since it was opened: the answers that came, and the seconds that `combine` waited for them.
+    """Totals of one link since it was opened: the answers that came, and the seconds that `combine` waited for them.
 
-    Answers are read in rank order, so a rank's seconds are what it took longer than the ranks before it.
+    Answers are read in rank order, so the seconds of a rank are those that it took longer than the ranks before it.
     """
 
     num_answers: int
@@ -115,34 +123,37 @@ class Waited(NamedTuple):
 
 
 class Fabric(Protocol):
-    """The router's end. One thread calls it, except `waited`, `abort` and `close`.
+    """The router's end of the wire. One thread calls it; only `waited`, `abort` and `close` may come from any thread.
 
-    in_graph: dispatch and combine only start work on the router's device, always the same for the same sizes, so a CUDA
-        graph may hold them.
+    in_graph: a CUDA graph may hold dispatch and combine: they only start work on the router's device, always the same
+        work for the same sizes.
     """
 
     in_graph: bool
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
-        """Enter an epoch: keep the links to shards that stay, open the missing ones, close the rest.
+        """Enter an epoch: keep the links to shards that stay, open the missing links, close the rest.
 
         Raises PeerLost for ranks that cannot be reached; the links that work are kept for the next try.
         """
         ...
 
     def begin(self, header: StepHeader) -> None:
-        """For the layers that follow. A shard that is gone is only found by `combine`."""
+        """Start a step: the layers that follow belong to it.
+
+        A shard that is gone is noticed only by `combine`.
+        """
         ...
 
     def dispatch(self, layer: int, x_TD: "Tensor", phys_TK: "Tensor", w_TK: "Tensor") -> Ticket:
-        """Send every row to every shard. phys_TK: int32 physical ids; w_TK: float32.
+        """Send every row to every shard. phys_TK: int32 physical ids; w_TK: float32 top-k weights.
 
-        The inputs stay untouched until the combine of this ticket; at most one ticket is open.
+        The caller leaves the inputs untouched until the combine of this ticket; at most one ticket is open.
         """
         ...
 
     def combine(self, ticket: Ticket, out_TD: "Tensor") -> None:
-        """out_TD (the caller's) = the shards' partial sums, added in float32 in rank order.
+        """Set out_TD (the caller's) to the sum of the shards' partial sums, added in float32 in rank order.
 
         out_TD may have any dtype and device; it is undefined after an error. Raises one PeerLost for all ranks that
         were lost since `connect`, or, if none was, one ShardFailed for all that failed.
@@ -150,16 +161,23 @@ class Fabric(Protocol):
         ...
 
     def waited(self) -> Mapping[int, Waited]:
-        """From any thread: for whom `combine` has waited how long, by rank, of the links that are open now."""
+        """Return how long `combine` has waited for each shard, by rank, for the links that are open now.
+
+        It may be called from any thread.
+        """
         ...
 
     def abort(self, reason: str) -> None:
-        """From any thread, idempotent: the pending call raises Aborted, and so do all later ones until `connect`.
+        """End the pending call: it raises Aborted, and so do all later ones until `connect`.
 
-        A `connect` that is pending raises it too; one that begins later starts afresh.
+        A `connect` that is pending raises it too; one that begins later starts afresh. It may be called from any thread,
+        and more than once.
         """
         ...
 
     def close(self) -> None:
-        """From any thread, idempotent: an `abort` that no `connect` ends; every link is closed."""
+        """Abort for good, so that no `connect` works any more, and close every link.
+
+        It may be called from any thread, and more than once.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Fabric `faulty`: another fabric, and the faults to play. For tests; each fault strikes once."""
+"""Fabric `faulty`: another fabric that plays given faults, each of them once. It is for tests."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Slow:
-    """`combine` of this layer takes so much longer."""
+    """`combine` of this layer takes this many seconds longer."""
 
     seconds: float
     step: int
@@ -48,7 +48,7 @@ Fault = Lost | Failed | Slow | Unreachable
 
 
 class FaultyFabric:
-    """Every call goes to `inner` first, so its links end clean whatever is played here.
+    """A fabric that passes every call to `inner` and then plays the faults, so the inner links stay clean.
 
     pending: the faults that have not struck yet.
     """

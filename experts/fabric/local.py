@@ -1,4 +1,4 @@
-"""Fabric `local`: every shard in the router's process, the same calls without a wire."""
+"""Fabric `local`: every shard is in the router's process, reached by the same calls without a wire."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,10 @@ from experts.shard import ExpertShard
 
 
 class LocalFabric:
-    """Shards answer in `combine`, one after the other, each in its own dtype. What a forward raises comes out as it is."""
+    """A fabric whose shards compute in `combine`, one after the other, each in its own dtype.
+
+    What a forward raises comes out of `combine` as it is.
+    """
 
     def __init__(self, shards: Sequence[ExpertShard]) -> None:
         self._shards = tuple(shards)
@@ -69,12 +72,12 @@ def _partial(shard: ExpertShard, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK
 
 
 def _like(out_TD: Tensor, x_TD: Tensor) -> bool:
-    """Whether a shard may write its sums into the caller's tensor."""
+    """Return whether a shard may write its sums into the caller's tensor."""
     return out_TD.dtype == x_TD.dtype and out_TD.device == x_TD.device and out_TD.is_contiguous()
 
 
 def local_membership(placement: ExpertPlacement, *, epoch: int = 1) -> Membership:
-    """The membership of an engine whose shards are in its own process."""
+    """Return the Membership of an engine whose shards are in its own process."""
     shards = tuple(
         ShardAddress(rank=rank, host="", port=0, name=f"local-{rank}", pid=0, token=b"")
         for rank in range(placement.num_ranks)

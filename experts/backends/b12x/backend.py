@@ -1,7 +1,7 @@
 """Backends `b12x` (W4A4) and `b12x-w4a16`: FlashInfer's fused MoE kernels on an SM120 or SM121 GPU.
 
-T tokens, D hidden, K top-k, e local slots. The library knows no expert parallelism for W4A4. Here it does not see any:
-it computes the local problem, with local ids and -1 for experts that are elsewhere.
+T tokens, D hidden, K top-k, e local slots. FlashInfer has no expert parallelism for W4A4, and needs none here: it
+computes the local problem, with local ids and -1 for experts that are elsewhere.
 """
 
 from bisect import bisect_left
@@ -24,15 +24,16 @@ _LAYERS = {"w4a4": W4A4Layer, "w4a16": W4A16Layer}
 _WORKSPACES = {"w4a4": W4A4Workspaces, "w4a16": W4A16Workspaces}
 
 MAX_TOKENS = 2048
-"""Rows of one launch; workspaces are allocated for them. A larger call is computed in turns."""
+"""The most rows of one launch; workspaces are allocated for them. A larger call is computed in turns."""
 
 MAX_TOP_K = 32
-"""Of the kernels that quantise a token once for all its experts."""
+"""The largest top-k of the kernels that quantise a token once for all its experts."""
 
 
 class B12xBackend(ExpertBackend):
-    """Weights and workspaces are allocated once; after warm(), forward allocates nothing and waits for nothing.
+    """A backend of FlashInfer's kernels, whose weights and workspaces are allocated once.
 
+    After warm(), forward allocates nothing and waits for nothing.
     A slot written after warm() moves the multipliers that a captured graph holds (the library folds two of them into a
     tensor of its own), so such a graph must be captured anew; weights stay where they are.
     micro: leave FlashInfer's micro kernels on; see disable_micro().
@@ -50,7 +51,10 @@ class B12xBackend(ExpertBackend):
         micro: bool = False,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        """Raises ValueError for a dtype other than bfloat16 and for sizes that the kernel cannot take."""
+        """Allocate all weights.
+
+        Raises ValueError for a dtype other than bfloat16 and sizes that the kernel cannot take.
+        """
         if dtype != torch.bfloat16:
             raise ValueError(
                 f"backend b12x computes on bfloat16; set fabric.wire_dtype=bfloat16, not {dtype}"
@@ -69,10 +73,10 @@ class B12xBackend(ExpertBackend):
         self._layers[layer].write_slot(slot, weights)
 
     def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
-        """As ExpertBackend.forward; ids beyond the slots are refused on a CPU only, ExpertShard keeps them off.
+        """Compute what ExpertBackend.forward says. Ids beyond the slots are refused on a CPU only; ExpertShard sends none.
 
-        Raises ValueError for anything else that the kernel would take amiss, or take and compute something else.
-        A call whose T is not one of the warmed buckets is padded, through buffers, to the next.
+        Raises ValueError for anything else that the kernel would fail on, or take and compute something else.
+        A call whose T is not one of the warmed buckets is padded to the next larger one, through buffers.
         """
         check_call(x_TD, ids_TK, w_TK, out_TD, hidden=self._shape.hidden, num_slots=self._num_slots)
         buffers = self._buffers_for(ids_TK.shape[1])
@@ -81,9 +85,9 @@ class B12xBackend(ExpertBackend):
             self._turn(layer, buffers, x_TD[rows], ids_TK[rows], w_TK[rows], out_TD[rows])
 
     def warm(self, buckets: Sequence[int] | None = None, *, top_k: int) -> Iterator[Progress]:
-        """Compile what these numbers of tokens need, seconds each, and fill the library's caches of every layer.
+        """Compile what calls of these numbers of tokens need, seconds each, and fill the library's caches of every layer.
 
-        From then on the backend runs these shapes only; token_buckets() if none are given. Raises ValueError for a
+        buckets: token_buckets() if None. From then on the backend launches these sizes only. Raises ValueError for a
         bucket beyond max_tokens.
         """
         sizes = tuple(sorted(set(token_buckets(self._max_tokens) if buckets is None else buckets)))
@@ -125,7 +129,10 @@ class B12xBackend(ExpertBackend):
         own.run(x_TD, ids_TK, w_TK, out_TD)
 
     def _buffers_for(self, top_k: int) -> "_Buffers":
-        """Raises ValueError if earlier calls had another top_k: the workspaces are sized by it."""
+        """Return the buffers for this top_k.
+
+        Raises ValueError if earlier calls had another: workspaces are sized by it.
+        """
         if self._buffers is None:
             rows, hidden, device = self._max_tokens, self._shape.hidden, self._device
             self._buffers = _Buffers(
@@ -145,7 +152,10 @@ class B12xBackend(ExpertBackend):
 
 @dataclass(frozen=True, eq=False)
 class _Buffers:
-    """Of one top_k, shared by all layers: one forward runs at a time. x, ids, w, out: for calls that are padded."""
+    """The memory for calls of one top_k, shared by all layers, because one forward runs at a time.
+
+    x_TD, ids_TK, w_TK, out_TD: for calls that are padded.
+    """
 
     top_k: int
     workspaces: Any
@@ -155,6 +165,7 @@ class _Buffers:
     out_TD: Tensor
 
     def rows(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the first rows of x, ids, w and out."""
         return (
             self.x_TD[:num_tokens],
             self.ids_TK[:num_tokens],
@@ -164,12 +175,15 @@ class _Buffers:
 
 
 def token_buckets(max_tokens: int) -> list[int]:
-    """Powers of two, and the largest call: padding wastes less than half of a launch."""
+    """Return the powers of two below max_tokens, and max_tokens: padding then wastes less than half of a launch."""
     return [*(1 << n for n in range((max_tokens - 1).bit_length())), max_tokens]
 
 
 def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds so many; num_tokens itself if none does. buckets: ascending."""
+    """Return the smallest bucket that holds this many tokens, num_tokens itself if none does.
+
+    buckets: ascending.
+    """
     at = bisect_left(buckets, num_tokens)
     return buckets[at] if at < len(buckets) else num_tokens
 
@@ -177,10 +191,10 @@ def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
 def check_call(
     x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, out_TD: Tensor, *, hidden: int, num_slots: int
 ) -> None:
-    """Raises ValueError for what the kernel would refuse obscurely, or, worse, accept. No host sync.
+    """Raise ValueError for arguments that the kernel would refuse obscurely or, worse, accept. Waits for no device.
 
-    Its dynamic path passes bare pointers, so a wrong dtype, stride or size reads and writes elsewhere; T = 0 raises
-    TypeError; an id beyond the experts is not checked at all.
+    The kernel's dynamic path passes bare pointers, so a wrong dtype, stride or size reads and writes elsewhere; T = 0
+    raises TypeError; an id beyond the experts is not checked at all.
     """
     num_tokens, top_k = local_TK.shape
     if not num_tokens:

@@ -1,4 +1,4 @@
-"""Backend `b12x-emulated`: what the b12x kernel would answer, computed by torch on any device.
+"""Backend `b12x-emulated`: the answers of the b12x W4A4 kernel, computed by torch on any device.
 
 T tokens, D hidden, K top-k, e local slots, I intermediate, P = T * K pairs, R of them routed here, S slices of I.
 """
@@ -14,14 +14,15 @@ from experts.backends.b12x.layout import check_shape, padded_intermediate, prepa
 from experts.weights import ExpertWeights, MoEShape
 
 MAX_TERMS = 2**26
-"""Elements of [pairs, slices, D] that exist at once; more tokens are computed in turns, with the same result."""
+"""The most elements of [pairs, slices, D] at once; more tokens are computed in turns, with the same result."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Slot:
-    """Multipliers of all slots of a layer, float32 [e], and weights as the tensor cores see them, float32.
+    """The weights and multipliers of all slots of a layer, all float32; weights have the values that the tensor cores see.
 
-    w13: [e, D, 2I], up's columns first. w2: [e, I', D], I' padded with zero rows to a multiple of 256.
+    w13: [e, D, 2I], up's columns first. w2: [e, I', D], where I' is I padded with zero rows to a multiple of 256.
+    Multipliers: [e].
     """
 
     w13: Tensor
@@ -33,10 +34,11 @@ class _Slot:
 
 
 class B12xEmulatedBackend(ExpertBackend):
-    """Shows what W4A4 costs before one owns the hardware. Any dtype of x: it is rounded to bfloat16 first.
+    """A backend that shows what accuracy W4A4 costs, without the hardware. x of any dtype is rounded to bfloat16 first.
 
-    Static calls (up to 1024 pairs) are deterministic, as the kernel is. Beyond, the kernel adds bfloat16 numbers in any
-    order; this takes slot by slot, and numerics.dynamic_bound says how far another order may be.
+    Static calls (up to 1024 pairs) are deterministic, like the kernel's. In larger ones the kernel adds bfloat16 numbers
+    in any order; the emulation adds them in the order of the top-k, and numerics.dynamic_bound says how far another
+    order may be.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class B12xEmulatedBackend(ExpertBackend):
         new, own = prepare(weights, self._scales), self._layers[layer]
         own.w13[slot].copy_(numerics.code_values(new.w13_packed, new.w13_scale).t())
         own.w2[slot, : self._intermediate].copy_(numerics.code_values(new.w2_packed, new.w2_scale).t())
-        own.w13_alpha[slot] = new.w13_alpha * new.input_scale  # as the wrapper folds them
+        own.w13_alpha[slot] = (
+            new.w13_alpha * new.input_scale
+        )  # FlashInfer's wrapper folds them in the same way
         own.w2_alpha[slot] = new.w2_alpha
         own.input_scale[slot] = new.input_scale
         own.fc2_input_scale[slot] = new.fc2_input_scale
@@ -84,7 +88,7 @@ class B12xEmulatedBackend(ExpertBackend):
             out_TD[rows] = combine(terms_TND)
 
     def terms(self, layer: int, x_TD: Tensor, local_TK: Tensor, w_TK: Tensor, *, static: bool) -> Tensor:
-        """bfloat16 [T, K * S, D]: what is added up for each token, in the order of slots, then slices."""
+        """Return bfloat16 [T, K * S, D]: the terms whose sum a token gets, in the order of its top-k, then of slices."""
         own, (num_tokens, top_k), hidden = self._layers[layer], local_TK.shape, x_TD.shape[1]
         width = numerics.STATIC_SLICE if static else numerics.DYNAMIC_SLICE
         num_slices = own.w2.shape[1] // width
@@ -111,7 +115,7 @@ class B12xEmulatedBackend(ExpertBackend):
 
 
 def _slice_sums(a_RI: Tensor, w2_ID: Tensor, num_slices: int) -> Tensor:
-    """float32 [R, S, D]: a @ w2, each slice of I for itself. w2 may have more rows than a has columns."""
+    """Return float32 [R, S, D]: a @ w2, each slice of I by itself. w2 may have more rows than a has columns."""
     missing = w2_ID.shape[0] - a_RI.shape[1]
     a_RSi = torch.nn.functional.pad(a_RI, (0, missing)).unflatten(1, (num_slices, -1))
     return torch.bmm(a_RSi.transpose(0, 1), w2_ID.unflatten(0, (num_slices, -1))).transpose(0, 1)

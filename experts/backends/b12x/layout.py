@@ -1,4 +1,4 @@
-"""How FlashInfer's b12x kernels want NVFP4 experts: pure functions on tensors of any device.
+"""The memory layout in which FlashInfer's b12x kernels read NVFP4 experts: pure functions on tensors of any device.
 
 D hidden, I intermediate, N rows, K columns, G = K / 16 scales of a row, m = N / 128 row tiles, k = G / 4 column tiles.
 Source of every rule: flashinfer-python 0.7.2.post1, flashinfer/cute_dsl/utils.py and fused_moe/cute_dsl.
@@ -19,18 +19,18 @@ from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
 logger = logging.getLogger(__name__)
 
 HIDDEN_MULTIPLE = 128
-"""The kernels' TMA tiles; hidden sizes cannot be padded without copying every activation."""
+"""The width of the kernels' TMA tiles; hidden sizes cannot be padded without copying every activation."""
 
 INTERMEDIATE_MULTIPLE = 256
-"""The static kernel takes two slices of 128 at a time. Otherwise the library pads, that is, copies, the weights."""
+"""The static kernel takes two slices of 128 at a time. For other sizes the library would pad, that is copy, the weights."""
 
 UNCALIBRATED_SCALE = 2.0**-4
-"""Of activations that nobody calibrated: blocks keep their full precision from amax 0.006 to 168, and saturate there."""
+"""The input scale of uncalibrated activations: blocks have full precision for amax 0.006 to 168, and saturate beyond."""
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedExpert:
-    """One expert as the kernel computes it; codes and block scales in rows, neither padded nor swizzled.
+    """One expert in the terms of the kernel; codes and block scales are in rows, neither padded nor swizzled.
 
     w13: [2I, D] with up's rows first, then gate's; w2: [D, I]. packed is uint8 [N, K/2], scale e4m3 [N, G].
     FC1 = w13_alpha * (w13 @ x'), where x' is x in FP4 with the plain multiplier input_scale taken out.
@@ -50,7 +50,7 @@ class PreparedExpert:
 
 
 def check_shape(shape: MoEShape) -> None:
-    """Raises ValueError for sizes that the kernels cannot take, however the weights are padded."""
+    """Raise ValueError for sizes that the kernels cannot take, however the weights are padded."""
     if shape.hidden % HIDDEN_MULTIPLE:
         raise ValueError(
             f"b12x needs a hidden size that is a multiple of {HIDDEN_MULTIPLE}, the model's is {shape.hidden}"
@@ -62,11 +62,12 @@ def check_shape(shape: MoEShape) -> None:
 
 
 def padded_intermediate(intermediate: int) -> int:
+    """Return the expert size that the kernels compute with."""
     return math.ceil(intermediate / INTERMEDIATE_MULTIPLE) * INTERMEDIATE_MULTIPLE
 
 
 def prepare(weights: ExpertWeights, scales: Scales, *, weights_only: bool = False) -> PreparedExpert:
-    """A checkpoint's expert in the kernel's terms. weights_only: for 16-bit activations, whose scales are all 1.
+    """Return a checkpoint's expert in the kernel's terms. weights_only: for 16-bit activations, whose scales are all 1.
 
     The kernel has one multiplier for gate and up. Where the checkpoint has two, FC1 takes gate's: up, and so FC2's
     input, then comes out wrong by the factor r = gate's / up's. FC2's input scale times r gives the same FP4 codes and
@@ -95,7 +96,7 @@ def prepare(weights: ExpertWeights, scales: Scales, *, weights_only: bool = Fals
 
 
 def scale_storage(num_experts: int, rows: int, cols: int, device: torch.device) -> Tensor:
-    """Zero e4m3 [e, m, k, 32, 4, 4]: the order in memory that cuBLAS calls 128x4. rows % 128 == cols % 64 == 0.
+    """Return zero e4m3 [e, m, k, 32, 4, 4]: the order in memory that cuBLAS calls 128x4. rows % 128 == cols % 64 == 0.
 
     The scale of row r and group g is at [e, r // 128, g // 4, r % 32, r % 128 // 32, g % 4].
     """
@@ -106,7 +107,7 @@ def scale_storage(num_experts: int, rows: int, cols: int, device: torch.device) 
 
 
 def mma_view(storage: Tensor) -> Tensor:
-    """[32, 4, m, 4, k, e]: the view of scale_storage() that the kernels take, by strides, nothing copied."""
+    """Return [32, 4, m, 4, k, e]: the view of scale_storage() that the kernels take; strides differ, nothing is copied."""
     return storage.permute(3, 4, 1, 5, 2, 0)
 
 
@@ -122,13 +123,13 @@ def swizzle_into(storage: Tensor, scale_NG: Tensor) -> None:
 
 
 def unswizzle(storage: Tensor) -> Tensor:
-    """The inverse, with its padding: [m, k, 32, 4, 4] -> e4m3 [128 m, 4 k]. A copy."""
+    """Return a copy of the scales in rows, padding included: [m, k, 32, 4, 4] -> e4m3 [128 m, 4 k]."""
     rows = _rows_view(storage)
     return rows.reshape(rows.shape[0] * 128, rows.shape[3] * 4).view(torch.float8_e4m3fn)
 
 
 def _rows_view(storage: Tensor) -> Tensor:
-    """uint8 [m, 4, 32, k, 4], in the order of rows and groups."""
+    """Return the view uint8 [m, 4, 32, k, 4], which is in the order of rows and groups."""
     return storage.view(torch.uint8).permute(0, 3, 2, 1, 4)
 
 
@@ -146,7 +147,7 @@ def _input_scale(stated: Tensor | None, *, like: Tensor) -> Tensor:
 
 @cache
 def _warn_of_no_input_scale() -> None:
-    """Once in a process: what one expert lacks, most do."""
+    """Warn once in a process: what one expert lacks, most of them lack."""
     logger.warning(
         "the checkpoint has no input scales: W4A4 takes %g for activations that nobody calibrated; "
         "experts.backend=b12x-w4a16 needs none",

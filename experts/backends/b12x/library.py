@@ -1,4 +1,4 @@
-"""What b12x needs of a machine and of FlashInfer, and the few private names of FlashInfer that we touch."""
+"""The machine and packages that b12x needs, and the few private names of FlashInfer that we touch."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ VERSIONS: dict[str, str | None] = {
     "nvidia-cutlass-dsl": "4.7.1",
     "triton": None,
 }
-"""The kernel's host code changes between post-releases, so these exactly; None is any version. Without triton
-FlashInfer drops b12x from its namespace and says nothing."""
+"""The packages that b12x needs, in exactly these versions, since the kernel's host code changes between post-releases; None
+is any version. Without triton FlashInfer silently drops b12x from its namespace."""
 
 CUDA = 13
 INSTALL = "pip install " + " ".join(
@@ -23,7 +23,11 @@ INSTALL = "pip install " + " ".join(
 
 @dataclass(frozen=True)
 class Machine:
-    """capability: of the device, None for a CPU. cuda: torch's major version, None without. installed: versions."""
+    """The facts about a machine that decide whether b12x runs on it.
+
+    capability: of the device, None for a CPU. cuda: the major version that torch was built for, None without CUDA.
+    installed: the versions of the packages in VERSIONS, None for a missing one.
+    """
 
     capability: tuple[int, int] | None
     cuda: int | None
@@ -31,6 +35,7 @@ class Machine:
 
 
 def machine_of(device: torch.device) -> Machine:
+    """Return the facts about this process's machine and device."""
     on_gpu = device.type == "cuda"
     return Machine(
         capability=torch.cuda.get_device_capability(device) if on_gpu else None,
@@ -40,11 +45,12 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def is_sm12x(machine: Machine) -> bool:
+    """Return whether the device is a GPU of SM120 or SM121, for which the b12x kernels are made."""
     return machine.capability is not None and machine.capability[0] == 12
 
 
 def why_not(machine: Machine) -> str | None:
-    """One sentence that says why b12x cannot run here and what would help; None if it can."""
+    """Return one sentence that says why b12x cannot run here and what would help, or None if it can."""
     if machine.capability is None:
         return (
             "backend b12x needs an SM120 or SM121 GPU (RTX PRO 6000, DGX Spark), and this process has no GPU"
@@ -66,16 +72,16 @@ def why_not(machine: Machine) -> str | None:
 
 
 def require(machine: Machine) -> None:
-    """Raises ValueError if b12x cannot run here."""
+    """Raise ValueError if b12x cannot run here."""
     reason = why_not(machine)
     if reason:
         raise ValueError(reason)
 
 
 def choose(machine: Machine, *, weights_only: bool) -> str:
-    """The backend that `auto` stands for. weights_only: the checkpoint is W4A16, so it has no input scales.
+    """Return the backend that `auto` stands for. weights_only: the checkpoint is W4A16, so it has no input scales.
 
-    On an SM12x GPU it is b12x or an error: nobody should serve slowly for want of a package and not know it.
+    On an SM12x GPU it is b12x or a ValueError: nobody should serve slowly without knowing that a package is missing.
     """
     if machine.capability is None:
         return "cpu"
@@ -86,25 +92,25 @@ def choose(machine: Machine, *, weights_only: bool) -> str:
 
 
 def disable_micro() -> None:
-    """Keep calls of up to 40 token-expert pairs off FlashInfer's micro kernels; the static kernel takes them.
+    """Keep calls of up to 40 token-expert pairs off FlashInfer's micro kernels, so that the static kernel takes them.
 
     The MMA micro kernel reads shared memory that other warps wrote, without a barrier (FlashInfer PR 5168), and at one
     token both micro kernels compute absent experts as expert 0 with weight 0, so that a NaN there poisons the row.
     Call it before any wrapper is made: the sizes of workspaces follow from it. It holds for the whole process.
-    Raises RuntimeError if this FlashInfer calls the limit otherwise.
+    Raises RuntimeError if this FlashInfer has another name for the limit.
     """
     _set_micro_limit(0)
 
 
 def enable_micro() -> None:
-    """FlashInfer's own choice: micro kernels for up to 8 tokens."""
+    """Restore FlashInfer's own choice: micro kernels for up to 8 tokens."""
     _set_micro_limit(8)
 
 
 def write_output_to(wrapper: Any, out_TD: torch.Tensor) -> None:
-    """Have the wrapper's next run write to a buffer of ours, not to its own, from which we should have to copy.
+    """Have the wrapper's next run write to out_TD, instead of its own buffer, from which we would have to copy.
 
-    Raises RuntimeError if this FlashInfer calls its buffer otherwise.
+    Raises RuntimeError if this FlashInfer has another name for its buffer.
     """
     if not hasattr(wrapper, "_moe_output"):
         raise RuntimeError(_gone("B12xMoEWrapper._moe_output"))

@@ -1,7 +1,8 @@
-"""W4A16: NVFP4 weights, bfloat16 activations. T tokens, D hidden, K top-k, e local slots, I intermediate.
+"""A layer of backend `b12x-w4a16`: NVFP4 weights and bfloat16 activations.
 
-The kernel reads weights in another order. B12xMoEWrapper would repack them at its first run and keep both; here each
-expert is repacked, by the library, as it comes, and the wrapper's own launch function gets the result.
+The kernel reads weights in another order. B12xMoEWrapper would repack them at its first run and keep both; here the library
+repacks each expert as it comes, and the launch function that the wrapper uses gets the result.
+T tokens, D hidden, K top-k, e local slots, I intermediate.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ _PER_EXPERT = ("w13", "w13_scale", "w13_global_scale", "w2", "w2_scale", "w2_glo
 
 @dataclass(frozen=True, eq=False)
 class W4A16Workspaces:
-    """Scratch memory of the kernels, shared by all layers."""
+    """The scratch memory of the kernels, shared by all layers."""
 
     num_slots: int
     top_k: int
@@ -48,7 +49,7 @@ class W4A16Workspaces:
 
 
 class W4A16Layer:
-    """Repacked weights of all slots, written in place; nothing else holds them."""
+    """The repacked weights of all slots of a layer, written in place; nothing else holds them."""
 
     def __init__(self, shape: MoEShape, num_slots: int, device: torch.device, *, scales: Scales) -> None:
         self._one = B12xWeights(shape, 1, device, scales=scales, weights_only=True)
@@ -63,18 +64,22 @@ class W4A16Layer:
 
     @property
     def is_bound(self) -> bool:
+        """Return whether bind() has been called."""
         return self._workspaces is not None
 
     def write_slot(self, slot: int, expert: ExpertWeights) -> None:
+        """Repack an expert and copy it into a slot."""
         self._one.write_slot(0, expert)
         new = self._repack()
         for name in _PER_EXPERT:
             getattr(self.packed, name)[slot].copy_(getattr(new, name)[0])
 
     def bind(self, workspaces: W4A16Workspaces) -> None:
+        """Set the scratch memory for the runs that follow."""
         self._workspaces = workspaces
 
     def run(self, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, out_TD: Tensor) -> None:
+        """Launch the kernel; see ExpertBackend.forward. The layer must be bound."""
         from flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_dispatch import launch_sm120_moe
 
         assert self._workspaces is not None
@@ -95,11 +100,11 @@ class W4A16Layer:
             scatter_output=out_TD,
             quant_mode="w4a16",
             _workspace=self._workspaces.scratch,
-            _prepared_weights=self.packed,  # stands in for all w1 and w2, of which it only reads I's size
+            _prepared_weights=self.packed,  # used instead of w1 and w2, of which it only reads the size of I
         )
 
     def _repack(self) -> Any:
-        """The library's W4A16PackedWeights of the one expert."""
+        """Return the library's W4A16PackedWeights of the one expert in `_one`."""
         from flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_w4a16_prepare import (
             prepare_w4a16_packed_weights,
         )

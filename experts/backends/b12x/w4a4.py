@@ -1,4 +1,7 @@
-"""W4A4: one layer's weights and FlashInfer's wrappers for them. T tokens, D hidden, K top-k, e local slots."""
+"""A layer of backend `b12x` (W4A4): its weights and FlashInfer's wrappers for them.
+
+T tokens, D hidden, K top-k, e local slots.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +19,7 @@ from experts.weights import ExpertWeights, MoEShape
 
 @dataclass(frozen=True, eq=False)
 class W4A4Workspaces:
-    """Scratch memory of the kernels, shared by all layers. dynamic is None where no call can be that large."""
+    """The scratch memory of the kernels, shared by all layers. dynamic: None if no call can be that large."""
 
     num_slots: int
     top_k: int
@@ -60,10 +63,10 @@ class W4A4Workspaces:
 
 
 class W4A4Layer:
-    """Each wrapper caches views of the weights that it saw last, hence wrappers of their own for each layer.
+    """The weights of one layer and two wrappers of its own, since a wrapper caches views of the weights that it saw last.
 
-    And two of them: alternating [e] and [1] input scales on one makes it fold, and leak, anew each time. The static
-    kernel takes [e] without a copy. The dynamic one quantises a token once, not K times, if the scale is [1].
+    There are two because alternating [e] and [1] input scales on one wrapper makes it fold, and leak, anew each time. The
+    static kernel takes [e] without a copy. The dynamic one quantises a token once, not K times, if the scale is [1].
     """
 
     def __init__(self, shape: MoEShape, num_slots: int, device: torch.device, *, scales: Scales) -> None:
@@ -75,21 +78,23 @@ class W4A4Layer:
 
     @property
     def is_bound(self) -> bool:
+        """Return whether bind() has been called since the last write that undid it."""
         return self._static is not None
 
     def write_slot(self, slot: int, expert: ExpertWeights) -> None:
-        """Unbinds: the library folds w13_alpha and input_scale into a tensor of its own, which is now old."""
+        """Write a slot and drop the wrappers, which folded w13_alpha and input_scale into a tensor that is now old."""
         self.weights.write_slot(slot, expert)
         self._written.add(slot)
         self._static = self._dynamic = None
 
     def bind(self, workspaces: W4A4Workspaces) -> None:
-        """Make the wrappers. Waits for the device, once."""
+        """Make the wrappers. Waits for the device once."""
         self._static_tokens = STATIC_PAIRS // workspaces.top_k
         self._static, self._dynamic = (_wrapper(self.weights, workspaces) for _ in range(2))
         self._shared_input_scale = _one_if_equal(self.weights.input_scale, sorted(self._written))
 
     def run(self, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, out_TD: Tensor) -> None:
+        """Launch the kernel; see ExpertBackend.forward. The layer must be bound."""
         is_static, weights = x_TD.shape[0] <= self._static_tokens, self.weights
         wrapper = self._static if is_static else self._dynamic
         write_output_to(wrapper, out_TD)
@@ -109,7 +114,7 @@ class W4A4Layer:
 
 
 def _one_if_equal(scale_e: Tensor, slots: list[int]) -> Tensor:
-    """[1] if these slots agree, else scale_e itself: the same numbers either way, on every shard."""
+    """Return the one scale [1] if these slots agree, else scale_e itself: the results are the same, on every shard."""
     with torch.inference_mode(False):  # the wrapper reads `_version`
         scale_s = scale_e[slots]
         return scale_s[:1].clone() if slots and bool((scale_s == scale_s[0]).all()) else scale_e
@@ -123,7 +128,7 @@ def _wrapper(weights: B12xWeights, workspaces: W4A4Workspaces) -> Any:
         top_k=workspaces.top_k,
         hidden_size=weights.shape.hidden,
         intermediate_size=weights.intermediate,
-        use_cuda_graph=True,  # that is: preallocated buffers
+        use_cuda_graph=True,  # this stands for preallocated buffers
         max_num_tokens=workspaces.max_tokens,
         device=str(weights.w13.device),
         quant_mode="nvfp4",

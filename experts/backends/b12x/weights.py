@@ -1,4 +1,4 @@
-"""B12xWeights: the experts of one layer in the memory that the kernel reads. e local slots, D hidden, I intermediate."""
+"""The experts of one layer in the memory that the b12x kernels read. e local slots, D hidden, I intermediate."""
 
 import torch
 
@@ -17,7 +17,7 @@ from experts.weights import ExpertWeights, MoEShape
 
 
 class B12xWeights:
-    """Allocated once; a slot is written in place, so no data_ptr ever moves. Nothing else holds the weights.
+    """The only copy of a layer's weights. It is allocated once; slots are written in place, so no data_ptr ever moves.
 
     w13: uint8 [e, 2I, D/2], rows [up; gate]. w2: uint8 [e, D, I/2]. I is padded to a multiple of 256: up's rows
     are [0, intermediate), gate's [I, I + intermediate), and the padding is zero.
@@ -51,7 +51,7 @@ class B12xWeights:
         self.w13_scale, self.w2_scale = mma_view(self._w13_storage), mma_view(self._w2_storage)
 
     def write_slot(self, slot: int, weights: ExpertWeights) -> None:
-        """Takes a copy, through memory for about one expert."""
+        """Copy an expert into a slot, through memory for about one expert."""
         new = prepare(weights, self._scales, weights_only=self._weights_only)
         stated, padded = self.shape.intermediate, self.intermediate
         device = self.w13.device
@@ -66,7 +66,7 @@ class B12xWeights:
             getattr(self, name)[slot].copy_(getattr(new, name))
 
     def read_slot(self, slot: int) -> PreparedExpert:
-        """What write_slot was given, read back from the kernel's memory without its padding. Copies."""
+        """Return a copy of what write_slot prepared, read back from the kernel's memory without its padding."""
         stated, padded = self.shape.intermediate, self.intermediate
         rows = torch.cat((torch.arange(stated), padded + torch.arange(stated))).to(self.w13.device)
         w13_scale = unswizzle(self._w13_storage[slot]).view(torch.uint8)[rows].view(torch.float8_e4m3fn)

@@ -1,1 +1,1 @@
-"""Backend `cpu`: NVFP4 experts in compiled loops."""
+"""Backend `cpu`: NVFP4 experts computed by compiled loops."""

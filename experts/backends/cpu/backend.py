@@ -1,6 +1,6 @@
-"""Backend `cpu`: the experts as they were quantised, a byte an element, computed by compiled loops.
+"""Backend `cpu`: experts that stay quantised, a byte an element, and are computed by compiled loops.
 
-A CPU is bound by the bytes of the weights it reads. An E2M1 value is half an integer of -12 to 12, so int8 keeps it
+A CPU is bound by the bytes of the weights that it reads. An E2M1 value is half an integer of -12 to 12, so int8 keeps it
 exactly, and one float32 scale (e4m3 * scale_2 / 2) per 16 of them is applied to their sum: 1.25 bytes a weight where
 dequantised float32 needs 4, and no rounding that float32 weights would not have.
 """
@@ -17,7 +17,7 @@ from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
 
 
 class CpuBackend(ExpertBackend):
-    """One thread per forward. Computes in float32 whatever the dtype of the activations."""
+    """A backend that runs each forward in one thread and computes in float32, whatever the dtype of the activations."""
 
     def __init__(self, shape: MoEShape, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cpu":
@@ -27,7 +27,7 @@ class CpuBackend(ExpertBackend):
         self._num_pairs = self._num_activated = 0
 
     def take_physical(self, first_slot: int) -> Callable[[], Tensor]:
-        """Let the loop that computes a forward find the local pairs and count them: one call, and no tensor of slots."""
+        """Have the loop that computes a forward find and count the local pairs: one call less, and no tensor of slots."""
         self._first_slot = first_slot
         return self._totals
 
@@ -58,7 +58,7 @@ class CpuBackend(ExpertBackend):
 
 
 class _Layer:
-    """Arrays as loops.forward takes them; tensors of the same memory to write to."""
+    """The weights of one layer: arrays as loops.forward takes them, and tensors on the same memory to write to."""
 
     def __init__(self, shape: MoEShape, num_slots: int) -> None:
         hidden, intermediate = shape.hidden, shape.intermediate

@@ -1,8 +1,8 @@
-"""The compiled loops of backend `cpu`: one layer's experts straight from their NVFP4 codes.
+"""The compiled loops of backend `cpu`, which compute a layer's experts straight from their NVFP4 codes.
 
-numba compiles them for this machine when the module is first imported (seconds) and keeps the result on disk. The loops
-are written so that LLVM turns the ones over N into vector instructions: the innermost has 16 turns, known to the
-compiler, which it unrolls. They hold no Python lock.
+numba compiles them for this machine when the module is first imported (seconds) and keeps the result on disk. They are
+written so that LLVM turns the loops over N into vector instructions: the innermost loop has 16 turns, a number that the
+compiler knows, so it unrolls it. None of them holds Python's lock (the GIL).
 
 T tokens, D hidden, K top-k, P pairs (token, k) as t * K + k, e local slots, I intermediate; R rows of one expert.
 A product is x [R, B, J] by [B, J, N]: B blocks of J = 16 input features, N output features.
@@ -16,7 +16,7 @@ from experts.cpu_math import exp
 Array = np.ndarray
 
 ROWS = 16
-"""Rows of one expert that are computed together: their sums stay in the core's cache while its weights pass by."""
+"""The rows of one expert that are computed together: their sums stay in the core's cache while its weights pass by."""
 
 _ids, _codes, _scales, _rows = "int32[:,::1]", "int8[:,:,:,::1]", "float32[:,:,::1]", "float32[:,::1]"
 _forward = (
@@ -27,9 +27,9 @@ _fast = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"con
 
 @njit(f"UniTuple(int64, 2)({_ids}, int64, int64, {_ids})", **_fast)
 def to_local(phys_TK: Array, first_slot: int, num_slots: int, local_TK: Array) -> tuple[int, int]:
-    """local_TK = slots of a shard, -1 where an id is not in [first_slot, first_slot + num_slots).
+    """Write to local_TK the local slot of every physical id, -1 where it is not in [first_slot, first_slot + num_slots).
 
-    Returns how many are, and how many slots they are of.
+    Returns how many pairs are local, and how many slots they belong to.
     """
     num_local = num_slots_hit = 0
     hit_e = np.zeros(num_slots, np.bool_)
@@ -58,7 +58,7 @@ def _one_row(x_BJ: Array, codes_BJN: Array, scale_BN: Array, y_N: Array) -> None
 
 @njit(**_fast)
 def _two_rows(x_RBJ: Array, codes_BJN: Array, scale_BN: Array, y_RN: Array) -> None:
-    """For little more than one: a code is fetched and converted once for both."""
+    """Compute two rows for little more than the price of one: a code is fetched and converted once for both."""
     for b in range(codes_BJN.shape[0]):
         for n in range(codes_BJN.shape[2]):
             block_0 = block_1 = np.float32(0)
@@ -72,7 +72,7 @@ def _two_rows(x_RBJ: Array, codes_BJN: Array, scale_BN: Array, y_RN: Array) -> N
 
 @njit(**_fast)
 def _product(x_RBJ: Array, codes_BJN: Array, scale_BN: Array, y_RN: Array) -> None:
-    """y = sum over blocks of scale * (x . codes)."""
+    """Set y to the sum over blocks of scale * (x . codes)."""
     num_rows = x_RBJ.shape[0]
     y_RN[:] = 0
     for b in range(codes_BJN.shape[0]):
@@ -127,7 +127,7 @@ def forward(
 
     ids_TK: those in [first_slot, first_slot + e) are the local slots, all others are skipped.
     Returns how many pairs are local, and how many slots they belong to.
-    codes_13: [e, D / 16, 16, 2I], gate's columns first; codes_2: [e, I / 16, 16, D]; scales without the 16.
+    codes_13: [e, D / 16, 16, 2I], gate's columns first; codes_2: [e, I / 16, 16, D]; scales: the same without the 16.
     """
     num_slots, _, _, width = codes_13.shape
     top_k = ids_TK.shape[1]

@@ -1,7 +1,7 @@
 """Backend `triton`: NVFP4 W4A16 on any CUDA GPU that has bfloat16 (SM80 and up); weights stay 4.5 bits in memory.
 
-T tokens, D hidden, K top-k, e slots, I intermediate, P = T * K pairs, R: those of local experts. N outputs and K inputs of a
-matrix, J = K / 2.
+T tokens, D hidden, K top-k, e slots, I intermediate, P = T * K pairs, R: the pairs of local experts. A matrix has N outputs
+and K inputs, J = K / 2.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,20 +19,24 @@ from experts.nvfp4 import GROUP
 from experts.progress import Progress
 from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
 
-kernels: Any = triton_kernels  # calls of Triton's language are not Python's
+kernels: Any = triton_kernels  # pyright does not know the calls of Triton's language
 
 MULTIPLE = 64
-"""Of D and I."""
+"""D and I must be multiples of this."""
 
 WARM_TOKENS = tuple(2**n for n in range(13))
-"""Numbers of tokens whose kernels are compiled before a shard takes requests; `tiles` has steps that are coarser."""
+"""The numbers of tokens whose kernels are compiled before a shard takes requests; the steps of `tiles` are coarser."""
 
 MOVED = 1024
-"""Columns at a time of what is only moved or added up."""
+"""Columns that a program takes at a time where values are only moved or added up."""
 
 
 class Tiles(NamedTuple):
-    """Of a matrix: outputs, rows and bytes of inputs of a program's step; its warps; steps whose loads are in flight."""
+    """The way in which a kernel cuts the product with a matrix into programs and steps.
+
+    outputs, rows: of one program. inputs: bytes of packed inputs in one step. warps: of a program. stages: steps whose
+    loads are in flight at a time.
+    """
 
     outputs: int
     rows: int
@@ -41,7 +45,10 @@ class Tiles(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, Any]:
-        """As the kernels call them. With 16 rows and more the weights are the right operand, see `_product`."""
+        """Return them by the kernels' names.
+
+        With 16 rows and more the weights are the right operand, see `_product`.
+        """
         return {
             "BLOCK_N": self.outputs,
             "BLOCK_R": self.rows,
@@ -53,7 +60,7 @@ class Tiles(NamedTuple):
 
 
 class TritonBackend(ExpertBackend):
-    """Four kernels a forward: arrange, gate_up, down, combine. No wait for the device."""
+    """A backend that runs four kernels a forward (arrange, gate_up, down, combine) and never waits for the device."""
 
     in_graph = True
 
@@ -68,7 +75,7 @@ class TritonBackend(ExpertBackend):
         self._first_slot = 0
 
     def take_physical(self, first_slot: int) -> Callable[[], Tensor]:
-        """Let `arrange` find the local pairs and count them."""
+        """Have the kernel `arrange` find and count the local pairs."""
         self._first_slot = first_slot
         return self._total.clone
 
@@ -144,7 +151,7 @@ class TritonBackend(ExpertBackend):
         )
 
     def warm(self, *, top_k: int) -> Iterator[Progress]:
-        """Compile each kernel for each size of tiles, a second or two each; Triton keeps them on disk."""
+        """Compile each kernel for each size of tiles, a second or two each; Triton keeps the results on disk."""
         layer, device = self._shape.moe_layers[0], self._counts_e.device
         first_of = {tiles(self._shape, num * top_k): num for num in reversed(WARM_TOKENS)}
         for done, num_tokens in enumerate(sorted(first_of.values())):
@@ -157,9 +164,9 @@ class TritonBackend(ExpertBackend):
 
 
 def tiles(shape: MoEShape, num_pairs: int) -> tuple[Tiles, Tiles]:
-    """Of gate_up and of down, for so many pairs with experts of all shards: what was quickest on an H200.
+    """Return the tiles of gate_up and of down for this number of pairs, absent experts included; measured on an H200.
 
-    Both have blocks of as many rows, the fewer the fewer pairs an expert has.
+    Both have blocks of the same number of rows: the fewer pairs an expert has on average, the fewer rows.
     """
     pairs = num_pairs / shape.num_experts
     if pairs <= 6:
@@ -176,7 +183,7 @@ def tiles(shape: MoEShape, num_pairs: int) -> tuple[Tiles, Tiles]:
 
 
 def why_not(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | None:
-    """One sentence that says why the kernels cannot compute this here; None if they can."""
+    """Return one sentence that says why the kernels cannot compute this here, or None if they can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return f"backend triton needs a CUDA GPU of SM80 or newer, which {device} is not"
     if dtype != torch.bfloat16:
@@ -188,7 +195,11 @@ def why_not(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> str | 
 
 
 class Matrix(NamedTuple):
-    """packed_eNJ: uint8, two codes a byte, see `pack`. scale_eNGh: e4m3 bits as uint8, those of inputs j and J + j side by side."""
+    """A packed weight matrix of all slots.
+
+    packed_eNJ: uint8, two codes a byte, see `pack`.
+    scale_eNGh: e4m3 bits as uint8; the scales of inputs j and J + j stand side by side.
+    """
 
     packed_eNJ: Tensor
     scale_eNGh: Tensor
@@ -201,9 +212,10 @@ class Matrix(NamedTuple):
 
 
 class Layer:
-    """gate_up has 8 rows of gate and 8 of up in turn, at the positions that `down` expects as its inputs.
+    """The weights of one layer, as the kernels read them.
 
-    scale_2_e3: float32, of gate, up and down, times what the kernels leave out.
+    gate_up: 8 rows of gate and 8 of up in turn, in the order in which `down` expects its inputs.
+    scale_2_e3: float32, the scale_2 of gate, up and down, times the power of two that the kernels leave out.
     """
 
     def __init__(self, shape: MoEShape, num_slots: int, device: torch.device) -> None:
@@ -212,6 +224,7 @@ class Layer:
         self.scale_2_e3 = torch.zeros(num_slots, 3, device=device)
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
+        """Pack an expert's weights into a slot, in place."""
         in_turn = (tensor[slot].unflatten(0, (-1, 2, 8)).unbind(1) for tensor in self.gate_up)
         for w, into in zip((weights.gate, weights.up), zip(*in_turn, strict=True), strict=True):
             order_N = order_of(len(w.packed)).to(w.packed.device)
@@ -222,12 +235,12 @@ class Layer:
         self.scale_2_e3[slot].copy_(scale_2 * 2.0**kernels.SCALE_SHIFT)
 
 
-@cache  # a model has two sizes, and thousands of matrices of each
+@cache  # a model has two sizes of matrices, and thousands of each
 def order_of(num_inputs: int) -> Tensor:
-    """int64 [K]: which input stands at each position. Both halves are permuted in the same way.
+    """Return int64 [K]: the input that stands at each position. Both halves are permuted in the same way.
 
-    Of every 16 positions a thread holds 4, in an operand of a tensor core. In a square of 4 groups of 16 inputs (of 2,
-    where J is no multiple of 64) all that one thread holds is of one group, whose scale it converts once.
+    In an operand of a tensor core a thread holds 4 of every 16 positions. In a square of 4 groups of 16 inputs (2 groups
+    where J is no multiple of 64) everything that one thread holds is of one group, so it converts one scale, once.
     """
     half = num_inputs // 2
     side = 4 if half % 64 == 0 else 2
@@ -238,10 +251,10 @@ def order_of(num_inputs: int) -> Tensor:
 
 
 def pack(low_NJ: Tensor, high_NJ: Tensor) -> Tensor:
-    """uint8 [N, J]: four codes of each in a 32-bit word, at the bits where the kernels want them.
+    """Return uint8 [N, J]: 32-bit words of four low and four high codes, each at the bits where the kernels want it.
 
-    A word has a pair's first code in its lower 16 bits and the second in its upper ones. Pairs a and b are low, c and d high.
-    Bits from the highest: a3 d3 d2 b3 d1 d0 c3 a2 a1 a0 b2 b1 b0 c2 c1 c0.
+    A word holds pairs of codes: the first of a pair in its lower 16 bits, the second in its upper ones. Pairs a and b are
+    low codes, c and d high ones. The bits of either half, from the highest: a3 d3 d2 b3 d1 d0 c3 a2 a1 a0 b2 b1 b0 c2 c1 c0.
     """
     (a, b), (c, d) = (codes.int().unflatten(-1, (-1, 2, 2)).unbind(-2) for codes in (low_NJ, high_NJ))
     signs = a >> 3 << 15 | d >> 3 << 14 | b >> 3 << 12 | c >> 3 << 9
@@ -257,7 +270,7 @@ def _write(w: Nvfp4Weight, packed_NJ: Tensor, scale_NGh: Tensor) -> None:
 
 
 def _fit(tiles: Tiles, num_outputs: int, num_inputs: int) -> Tiles:
-    """Tiles that divide the matrix."""
+    """Return the largest tiles, no larger than these, that divide the matrix."""
     outputs, inputs = tiles.outputs, tiles.inputs
     while num_outputs % outputs:
         outputs //= 2

@@ -1,8 +1,8 @@
-"""Kernels of backend `triton`: NVFP4 weights are dequantised in registers, on their way to the tensor cores.
+"""The kernels of backend `triton`, which dequantise NVFP4 weights in registers, on their way to the tensor cores.
 
-T tokens, D hidden, K top-k, e slots, I intermediate, P = T * K pairs; N outputs and J = half of the inputs of a matrix.
-R: the pairs of local experts, those of an expert together. A block is up to BLOCK_R of them, all of one expert. A byte of a
-matrix holds the codes of inputs j and J + j; where these stand, TritonBackend says.
+T tokens, D hidden, K top-k, e slots, I intermediate, P = T * K pairs. A matrix has N outputs and 2 * J inputs. R: the pairs
+of local experts, those of an expert together. A block is up to BLOCK_R of them, all of one expert. A byte of a matrix holds
+the codes of inputs j and J + j; `order_of` and `pack` in backend.py say which input stands where.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 TWO_119 = tl.constexpr(2.0**119)
 SCALE_SHIFT = 8
-"""Dequantised weights are too small by 2 to this power, which the epilogues give back."""
+"""Dequantised weights are too small by 2 to this power; Layer.scale_2_e3 makes up for it after the product."""
 
 _DEQUANTIZE = tl.constexpr("""{
     .reg .b32 t, u, zero;
@@ -33,8 +33,9 @@ _DEQUANTIZE = tl.constexpr("""{
     or.b32 t, t, u;
     fma.rn.bf16x2 $3, t, $8, zero;
 }""")
-"""A word is two times four codes: a sign goes to bit 15 of a bfloat16, the rest to bits 8 to 6, which is its value * 2^-126,
-also where bfloat16 is subnormal. The product with scale * 2^118 is exact. $0, $1: inputs j to j + 3; $2, $3: J + j on."""
+"""Assembly that turns a word of two times four codes into bfloat16. The sign of a code goes to bit 15, the rest to bits
+8 to 6, which makes value * 2^-126, also where bfloat16 is subnormal. The product with scale * 2^118 is exact. $0 and $1 are
+inputs j to j + 3, $2 and $3 the four from J + j on."""
 
 
 @triton.jit(do_not_specialize=["first_slot", "num_slots", "num_pairs"])
@@ -57,12 +58,14 @@ def arrange(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of one token: its inputs in the order of positions, its pairs at the end of their experts' lists.
+    """Put one token's inputs into the order of positions, and append its pairs to the lists of their experts.
 
-    The program that is last cuts the lists into blocks of (slot, first pair of the list, number of rows, first row of R), and
-    adds the pairs, and the experts that have some, to the totals.
-    counts_e: zeros [1 + e], the first for the programs that are done; zeros again at the end. Atomic additions give the
-    places in a list, so they may differ from run to run; no result depends on them. LANES: a power of 2, at least TOP_K.
+    The program that ends last cuts the lists into blocks of (slot, first pair of the list, number of rows, first row of R),
+    and adds the number of pairs, and of the experts that have some, to the totals.
+    ids_TK: ids of local experts are those in [first_slot, first_slot + num_slots).
+    counts_e: zeros [1 + e], of which the first counts the programs that are done; zeros again at the end. Atomic additions
+    give the places in a list, so they may differ from run to run; no result depends on them.
+    LANES: a power of 2, at least TOP_K.
     """
     token = tl.program_id(0)
     for first in tl.static_range(0, D, BLOCK_D):
@@ -121,7 +124,10 @@ def gate_up(
     STAGES: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):
-    """h = silu(gate(x)) * up(x), for a block and half as many positions as BLOCK_N. N = 2 I, 8 of gate's and 8 of up's in turn."""
+    """Compute h = silu(gate(x)) * up(x) for one block of rows and BLOCK_N / 2 positions of I.
+
+    N = 2 I: 8 outputs of gate and 8 of up in turn.
+    """
     if tl.program_id(1) >= tl.load(num_blocks):
         return
     slot, first, num_rows, first_row = _block(blocks_B4)
@@ -170,7 +176,7 @@ def down(
     STAGES: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):
-    """y = w * down(h) at each row's pair. N = D."""
+    """Compute y = w * down(h) for one block of rows, and write it at each row's pair. N = D."""
     if tl.program_id(1) >= tl.load(num_blocks):
         return
     slot, first, num_rows, first_row = _block(blocks_B4)
@@ -196,7 +202,7 @@ def down(
 def combine(
     y_PD, ids_TK, first_slot, num_slots, out_TD, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """out = the sum of a token's local pairs, in the order of its top-k."""
+    """Set out to the sum of a token's local pairs, in the order of its top-k."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
@@ -228,11 +234,11 @@ def _product(
     STAGES: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):
-    """float32 W x, of rows at_N of the packed matrices and of the inputs at rows_R: [R, N] if ROWS_FIRST, else [N, R].
+    """Return float32 W x for rows at_N of the packed matrices and the inputs at rows_R: [R, N] if ROWS_FIRST, else [N, R].
 
-    With few rows a product is quickest where weights are the left operand and stay in registers. But Hopper's wgmma, which
-    products of 16 rows and more become, would tear the words of four bytes apart there; as its right operand weights go
-    through shared memory.
+    With few rows a product is quickest if the weights are the left operand and stay in registers. But products of 16 rows
+    and more become Hopper's wgmma, which would tear the words of four bytes apart there; as its right operand the weights
+    go through shared memory.
     """
     SQUARE: tl.constexpr = 64 if J % 64 == 0 else 32
     GROUPS: tl.constexpr = max(BLOCK_J, SQUARE) // 16
@@ -267,7 +273,7 @@ def _product(
 
 @triton.jit
 def _input(p, J: tl.constexpr):
-    """Which of two times J inputs stands at position p: see `order_of`."""
+    """Return which of the 2 * J inputs stands at position p: see `order_of`."""
     SIDE: tl.constexpr = 4 if J % 64 == 0 else 2
     chunk, group, word = p // 16 % SIDE, p % 16 // (16 // SIDE), p % (16 // SIDE) // 4
     at = p // (16 * SIDE) * (16 * SIDE) + group * 16 + (word * SIDE + chunk) * 4 + p % 4
@@ -276,7 +282,7 @@ def _input(p, J: tl.constexpr):
 
 @triton.jit
 def _each(scale_Ng, J: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The scale of each position. Half a square has all of its groups."""
+    """Repeat the scales of groups for every position. Half a square has all of the square's groups."""
     SIDE: tl.constexpr = 4 if J % 64 == 0 else 2
     squares: tl.constexpr = max(BLOCK_J // (16 * SIDE), 1)
     chunks: tl.constexpr = min(BLOCK_J // 16, SIDE)
@@ -287,7 +293,7 @@ def _each(scale_Ng, J: tl.constexpr, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def dequantize(packed, low_scale, high_scale):
-    """bfloat16 of both nibbles, times their scales."""
+    """Return the bfloat16 values of both nibbles of each byte, times their scales."""
     return tl.inline_asm_elementwise(
         _DEQUANTIZE,
         "=&r,=&r,=&r,=&r,r,r,r,r,r",

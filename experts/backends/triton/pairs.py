@@ -1,4 +1,4 @@
-"""One Triton kernel for a forward's pairs: which are local, and how many there have been. A CUDA graph may hold it.
+"""LocalPairs on a GPU: one Triton kernel finds and counts the local pairs of a forward.
 
 T tokens, K top-k, e local slots.
 """
@@ -14,7 +14,7 @@ from experts.backends import LocalPairs
 
 
 class PairsInKernel(LocalPairs):
-    """On a GPU."""
+    """LocalPairs whose kernel a CUDA graph may hold."""
 
     in_graph = True
 
@@ -55,7 +55,10 @@ def _to_local(
     TOP_K: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Of one token. counts_e: zeros [1 + e], the first for the programs that are done; zeros again at the end."""
+    """Handle one token per program.
+
+    counts_e: zeros [1 + e], of which the first counts the programs that are done; the last program makes all zero again.
+    """
     k = tl.arange(0, LANES)
     at = tl.program_id(0) * TOP_K + k
     slot = tl.load(phys_TK + at, mask=k < TOP_K, other=-1) - first_slot

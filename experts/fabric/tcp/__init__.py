@@ -1,1 +1,1 @@
-"""Fabric `tcp`: a star of sockets between the router and its shards."""
+"""Fabric `tcp`: a star of sockets, one between the router and each shard."""

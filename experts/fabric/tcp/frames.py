@@ -83,15 +83,20 @@ class FrameShape(NamedTuple):
 
     @property
     def partial_bytes(self) -> int:
+        """The bytes of a PARTIAL frame's payload."""
         return self.rows * self.hidden * (self.dtype.itemsize if self.dtype else 0)
 
     @property
     def layer_bytes(self) -> int:
+        """The bytes of a LAYER frame's payload."""
         return self.partial_bytes + self.rows * self.top_k * _PAIR_BYTES
 
     @property
     def is_sendable(self) -> bool:
-        """Whether frames can carry this shape: the ids, which follow the rows, are aligned, the payload below the limit."""
+        """Return whether frames can carry this shape.
+
+        The ids, which follow the rows, must be aligned, and the payload must not exceed the limit.
+        """
         return (
             self.dtype is not None
             and self.partial_bytes % 4 == 0
@@ -116,6 +121,7 @@ class ShapeHalf(NamedTuple):
     shape: FrameShape = NO_ROWS
 
     def pack(self) -> bytes:
+        """Return the 32 bytes on the wire."""
         rows, hidden, top_k, dtype = self.shape
         code = _CODE_OF_DTYPE[dtype]
         return _SHAPE_HALF.pack(MAGIC, VERSION, self.kind, code, rows, hidden, top_k, 0, self.payload_bytes)
@@ -203,7 +209,7 @@ class FrameBuffer:
         self.laid_out_shape_half = shape_half.pack()
 
     def _tensor(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A [rows, columns] view of the payload, `offset` bytes into it."""
+        """Return a [rows, columns] view of the payload, `offset` bytes into it."""
         start = HEADER_BYTES + offset
         return self._bytes[start : start + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
@@ -212,7 +218,10 @@ class LayerFrame(FrameBuffer):
     """A buffer for LAYER frames: x_TD, phys_TK and w_TK are views of the payload, until it is laid out for another shape."""
 
     def lay_out(self, shape: FrameShape) -> None:
-        """Make x_TD, phys_TK and w_TK views of this shape. A frame that was received into the buffer stays as it is."""
+        """Make x_TD, phys_TK and w_TK views of this shape.
+
+        A frame that was received into the buffer stays as it is.
+        """
         rows, hidden, top_k, dtype = shape
         assert dtype is not None
         assert shape.is_sendable, f"no frame holds {shape}: see max_rows; hidden must be even"

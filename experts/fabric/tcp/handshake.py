@@ -1,11 +1,11 @@
-"""Who may talk to a shard: both ends prove that they hold the shard's token, which never crosses the wire.
+"""The handshake of fabric `tcp`: both ends prove that they hold the shard's token, which never crosses the wire.
 
     shard  -> router  CHALLENGE  nonce_s
     router -> shard   ANSWER     nonce_r | HMAC-SHA256(token, b"router" | nonce_s | nonce_r | name)
     shard  -> router  WELCOME    HMAC-SHA256(token, b"shard" | nonce_s | nonce_r | name)
 
-The name stands for one incarnation of a rank, so a process that was given a dead shard's port is not taken for it.
-This proves who connected; what follows is neither encrypted nor signed.
+The name stands for one incarnation of a rank, so a process that was given a dead shard's port is not taken for that shard.
+The handshake proves who connected; what follows is neither encrypted nor signed.
 """
 
 import hmac
@@ -17,7 +17,7 @@ from experts.fabric.tcp.sockets import Deadline, PeerError, receive_frame, send_
 
 
 def prove_router(sock: socket.socket, *, name: str, token: bytes, within_s: float) -> None:
-    """The router's end. Raises PeerError if either proof is wrong, BadFrame or OSError if it got no answer.
+    """Shake hands as the router. Raises PeerError if either proof is wrong, BadFrame or OSError if it got no answer.
 
     Leaves no time-out on the socket.
     """
@@ -32,7 +32,10 @@ def prove_router(sock: socket.socket, *, name: str, token: bytes, within_s: floa
 
 
 def prove_shard(sock: socket.socket, *, name: str, token: bytes, within_s: float) -> None:
-    """The shard's end. Raises PeerError, having told the peer, if the router's proof is wrong; else like the router's."""
+    """Shake hands as the shard. If the router's proof is wrong, tells the router and raises PeerError.
+
+    Raises BadFrame or OSError if it got no answer. Leaves no time-out on the socket.
+    """
     talk = _Talk(sock, within_s)
     nonce_s = os.urandom(NONCE_BYTES)
     talk.send(small_frame(Kind.CHALLENGE, nonce_s))
@@ -51,7 +54,7 @@ def _proof(token: bytes, role: bytes, nonce_s: bytes, nonce_r: bytes, name: str)
 
 
 class _Talk:
-    """Small frames back and forth under one deadline."""
+    """A conversation of small frames under one deadline."""
 
     def __init__(self, sock: socket.socket, within_s: float) -> None:
         self._sock = sock
@@ -77,7 +80,7 @@ class _Talk:
         self._set_timeouts(0)
 
     def _wait_no_longer(self) -> None:
-        """The next wait may last as long as the deadline allows. Raises TimeoutError if nothing is left."""
+        """Let the next wait last as long as the deadline allows. Raises TimeoutError if nothing is left."""
         self._set_timeouts(self._deadline.left_s())
 
     def _set_timeouts(self, seconds: float) -> None:

@@ -8,24 +8,24 @@ from experts.fabric.tcp.sockets import connect_here, finish_connecting, shut, st
 
 
 class OpenSockets:
-    """Holds every socket from before it is connected until it is closed.
+    """The set of a router's sockets, each from before it is connected until it is closed.
 
-    aborted: why, as long as `check` raises.
+    aborted: the reason of the abort as long as `check` raises, else None.
     """
 
     def __init__(self) -> None:
         self.aborted: str | None = None
         self._for_ever = False
         self._sockets: set[socket.socket] = set()
-        self._lock = threading.Lock()  # nobody closes a socket while abort shuts it
+        self._lock = threading.Lock()  # no socket is closed while abort shuts it
 
     def check(self) -> None:
-        """Raises Aborted after `abort`."""
+        """Raise Aborted after `abort`, until `allow`."""
         if self.aborted is not None:
             raise Aborted(self.aborted)
 
     def abort(self, reason: str, *, for_ever: bool) -> None:
-        """From any thread: whatever waits on a socket ends, and none is connected until `allow`."""
+        """End every wait on a socket, and let none be connected until `allow`. From any thread."""
         with self._lock:
             self.aborted = self.aborted or reason
             self._for_ever |= for_ever
@@ -33,18 +33,21 @@ class OpenSockets:
                 shut(sock)
 
     def allow(self) -> None:
-        """The end of an abort; raises Aborted if it is for ever. The sockets from before are of no use any more."""
+        """End an abort.
+
+        Raises Aborted if it is for ever. Sockets from before the abort are of no use any more.
+        """
         with self._lock:
             if not self._for_ever:
                 self.aborted = None
         self.check()
 
     def connect(self, shard: ShardAddress, *, timeout_s: float) -> socket.socket:
-        """Over the shard's Unix socket if it listens here, else over TCP. To be closed with `close`.
+        """Connect to a shard over its Unix socket if that is on this host, else over TCP. `close` closes the socket.
 
         Raises Aborted or OSError.
         """
-        host = socket.gethostbyname(shard.host)  # may take long, so without the lock
+        host = socket.gethostbyname(shard.host)  # may take long, so it is called without the lock
         with self._lock:
             self.check()
             here = connect_here(shard.unix) if shard.unix else None
@@ -58,7 +61,7 @@ class OpenSockets:
         return sock
 
     def close(self, sock: socket.socket) -> None:
-        """Nobody may be waiting on it."""
+        """Close a socket on which no thread is waiting."""
         with self._lock:
             self._sockets.discard(sock)
             sock.close()

@@ -1,4 +1,4 @@
-"""Fabric `tcp`, the router's end: a star of sockets, one per shard. shard_end.py is the shard's end, frames.py the format.
+"""The router's end of fabric `tcp`: one socket per shard. shard_end.py is the shard's end, frames.py the wire format.
 
 A shard on the router's own host is reached over a Unix socket, which moves the same frames in half the time.
 
@@ -34,16 +34,19 @@ from experts.fabric.tcp.sockets import PeerError
 logger = logging.getLogger(__name__)
 
 ROWS_PER_DEADLINE = 256
+"""The rows of a layer up to which its deadlines are slow_after_s and dead_after_s; with more they grow in proportion."""
+
 CLOSE_S = 5.0
+"""The time that `close` waits for a call whose sockets it has shut."""
 
 
 class TcpFabric:
-    """See Fabric. out_TD may be of any dtype and on any device, like x_TD; after an error its content is undefined.
+    """A Fabric over sockets. x_TD and out_TD may have any dtype and device; after an error out_TD is undefined.
 
     hidden: D, even. wire_dtype: of x and of the partial sums on the wire, float32 or bfloat16; frames.max_rows says
         how many rows a layer may have.
     slow_after_s, dead_after_s: for a layer of up to 256 rows; T rows may take T / 256 times as long.
-        A shard's link that ends is a loss at once.
+        A link that ends is a loss at once.
     """
 
     in_graph = False
@@ -56,14 +59,14 @@ class TcpFabric:
         self._slow_after_s = slow_after_s
         self._dead_after_s = dead_after_s
         self._sockets = OpenSockets()
-        self._one_call = threading.Lock()  # close waits for the call that it has ended
+        self._one_call = threading.Lock()  # by this `close` waits for the call that it has ended
         self._links: dict[int, ShardLink] = {}
         self._lost: dict[int, str] = {}
         self._failed: dict[int, str] = {}
         self._header = StepHeader(epoch=0, step=-1, rows=0)
         self._request = LayerFrame(pinned=torch.cuda.is_available())
         self._dispatched_at = 0.0
-        with torch.inference_mode(False):  # written inside and outside that mode
+        with torch.inference_mode(False):  # the sum is written inside and outside that mode
             self._sum_TD = torch.empty(0)
 
     def connect(self, members: Membership, *, timeout_s: float) -> None:
@@ -82,7 +85,10 @@ class TcpFabric:
             self._raise_if(PeerLost, self._lost, layer=-1, since=began)
 
     def begin(self, header: StepHeader) -> None:
-        """Nothing crosses the wire: every layer's frame says which step it belongs to."""
+        """Set the step and the deadlines of the layers that follow.
+
+        Nothing is sent: each layer's frame names its step.
+        """
         with self._one_call:
             self._sockets.check()
             assert header.epoch == self._header.epoch, (header, self._header)
@@ -143,7 +149,7 @@ class TcpFabric:
         write_step_half(request, epoch=self._header.epoch, step=self._header.step, layer=layer)
 
     def _receive_all(self) -> list[Tensor]:
-        """Reads every living shard's answer, even after a loss, so that their links are clean for the next epoch."""
+        """Read every living shard's answer, even after a loss, so that their links are clean for the next epoch."""
         partials: list[Tensor] = []
         for rank, link in self._links.items():
             if rank in self._lost:
@@ -164,7 +170,10 @@ class TcpFabric:
     def _raise_if(
         self, error: type[PeerLost | ShardFailed], whys: Mapping[int, str], *, layer: int, since: float
     ) -> None:
-        """Raises the error for these ranks, if there are any, whose links then are no more."""
+        """Raise the error for these ranks, if there are any.
+
+        The links of all lost and failed ranks are closed before.
+        """
         if whys:
             self._drop([*self._lost, *self._failed])
             raise error(
@@ -178,9 +187,9 @@ class TcpFabric:
 
 
 def _sum_in_float32(partials: Sequence[Tensor], sum_TD: Tensor, out_TD: Tensor) -> None:
-    """out_TD = the sum in order, rounded once to its dtype. sum_TD: scratch on the host.
+    """Set out_TD to the sum of the partials in order, rounded once to its dtype. sum_TD: float32 scratch on the host.
 
-    Two partials of out_TD's dtype need no scratch: a kernel adds bfloat16 in float32 and rounds once, too.
+    Two partials of out_TD's dtype need no scratch: torch.add also adds bfloat16 in float32 and rounds once.
     """
     if len(partials) == 2 and out_TD.dtype == partials[0].dtype and out_TD.is_cpu:
         torch.add(partials[0], partials[1], out=out_TD)
@@ -194,7 +203,10 @@ def _sum_in_float32(partials: Sequence[Tensor], sum_TD: Tensor, out_TD: Tensor) 
 def _open_links(
     shards: Sequence[ShardAddress], sockets: OpenSockets, *, timeout_s: float
 ) -> tuple[dict[int, ShardLink], dict[int, str]]:
-    """All at once, so that one dead host costs one time-out. Returns the links, and why the others failed, by rank."""
+    """Open links in parallel, so that dead hosts cost one time-out.
+
+    Returns links and reasons of failure, by rank.
+    """
     links: dict[int, ShardLink] = {}
     lost: dict[int, str] = {}
     if not shards:

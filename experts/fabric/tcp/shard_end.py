@@ -31,19 +31,24 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 CLOSE_S = 5.0
+"""The time that `close` waits for all threads together."""
+
 MAX_UNPROVEN = 64
-"""Links whose router has not proved itself; one more ends the oldest. A port scanner gets no more threads."""
+"""The most links whose router has not proved itself; one more ends the oldest, so a port scanner gets no more threads."""
 
 SPIN_S = 10e-3
-"""A shard that has just answered is asked again within this time, layer after layer and step after step."""
+"""The time that a shard polls before it sleeps. The next layer, or step, of a busy router comes within this time."""
 
 PATROL_S = 60.0
+"""The time between two looks of a waiting shard at whether its router's host is still there."""
+
 SILENCE_S = 150.0
-"""A living router's kernel acknowledges something at least every 120 s: keepalive, or probes of a full window."""
+"""A link ends if the kernel of the router's host has acknowledged nothing for so long. A living one acknowledges something
+at least every 120 s: keepalive, or probes of a full window."""
 
 
 class LinkedShard(Protocol):
-    """What a link needs of an ExpertShard. `forward` is called from several threads."""
+    """The part of an ExpertShard that a link needs. `forward` is called from several threads."""
 
     rank: int
     shape: MoEShape
@@ -54,9 +59,9 @@ class LinkedShard(Protocol):
 
 
 class ShardListener:
-    """Serves one shard to any number of routers, from threads of its own, until `close`.
+    """A server of one shard for any number of routers, with threads of its own, until `close`.
 
-    address: what a Membership needs to reach this shard. log: of the layers that all links have answered.
+    address: what a Membership needs to reach this shard. log: counts the layers that all links have answered.
     """
 
     def __init__(self, shard: LinkedShard, *, host: str, name: str, token: bytes) -> None:
@@ -69,7 +74,7 @@ class ShardListener:
             rank=shard.rank, host=host, port=port, name=name, pid=os.getpid(), token=token, unix=unix
         )
         self._links: dict[threading.Thread, socket.socket] = {}
-        self._unproven: dict[threading.Thread, socket.socket] = {}  # of the links, oldest first
+        self._unproven: dict[threading.Thread, socket.socket] = {}  # a subset of the links, oldest first
         self._lock = threading.Lock()
         self._closed = False
         self._acceptors = [
@@ -86,7 +91,10 @@ class ShardListener:
         return self.address.port
 
     def close(self) -> None:
-        """End every link and thread, within CLOSE_S: a forward in progress cannot be interrupted. Idempotent."""
+        """End every link and thread within CLOSE_S, except a forward in progress, which cannot be interrupted.
+
+        It may be called more than once.
+        """
         with self._lock:
             self._closed = True
             threads = [*self._acceptors, *self._links]
@@ -153,9 +161,10 @@ def serve_link(
     log: LayerLog,
     proven: Callable[[], None],
 ) -> None:
-    """Answer one router until it goes or breaks the protocol. Raises for nothing that a peer did.
+    """Answer one router until it goes or breaks the protocol. Whatever the peer does, this does not raise.
 
-    sock: connected; the caller's, to close afterwards. log: gets every layer. proven: called once the router has proved itself.
+    sock: connected; the caller closes it afterwards. log: gets every layer.
+    proven: called once the router has proved itself.
     """
     thread = threading.current_thread().name
     try:
@@ -172,7 +181,10 @@ def serve_link(
 
 
 def _answer_layers(sock: socket.socket, shard: LinkedShard, log: LayerLog) -> None:
-    """LAYER in, PARTIAL out, in buffers of this link. Returns after an ERROR."""
+    """Read LAYER frames and answer with PARTIAL frames, in buffers of this link.
+
+    Returns after an ERROR frame.
+    """
     request = LayerFrame(pinned=shard.device.type == "cuda")
     reply = PartialFrame(pinned=shard.device.type == "cuda")
     workspace = _Workspace(shard)
@@ -197,14 +209,14 @@ def _answer_layers(sock: socket.socket, shard: LinkedShard, log: LayerLog) -> No
         took_s = time.perf_counter() - began
         reply.step_half[:] = request.step_half
         send_frame(sock, reply.frame, keep_waiting=wait_on)
-        log.add(request.shape.rows, took_s)  # while the router is at work
+        log.add(request.shape.rows, took_s)  # after the send, while the router is at work
 
 
 class _Patrol:
-    """A keep_waiting that looks, now and then, whether the router's kernel still is there.
+    """A keep_waiting that gives up only when the kernel of the router's host has been silent for SILENCE_S.
 
-    Keepalive cannot while bytes are on their way. A router may take as long as it likes, to read too: it may be waiting
-    for another shard, whose kernels are compiling.
+    TCP's keepalive cannot find that out while bytes are on their way. The router itself may take as long as it likes, also
+    to read: it may be waiting for another shard, whose kernels are compiling.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -224,7 +236,7 @@ class _Patrol:
 
 
 class _Workspace:
-    """The tensors that a forward works on: the frames' own memory, or copies in the shard's dtype on its device."""
+    """The tensors that a forward works on: the memory of the frames, or copies in the shard's dtype on its device."""
 
     def __init__(self, shard: LinkedShard) -> None:
         self._shard = shard
@@ -237,7 +249,10 @@ class _Workspace:
         return shape_half.kind is Kind.LAYER and shape_half.shape.hidden == self._shard.shape.hidden
 
     def lay_out(self, request: LayerFrame, reply: PartialFrame) -> None:
-        """For these frames. Memory of ours grows to the largest shape and stays there."""
+        """Take the shape and memory of these frames.
+
+        Copies grow to the largest shape and keep that memory.
+        """
         self._request, self._reply = request, reply
         self._in_place = (request.x_TD.dtype, request.x_TD.device) == (self._shard.dtype, self._shard.device)
         if not self._in_place:
@@ -247,7 +262,7 @@ class _Workspace:
             self._out_TD.resize_(reply.partial_TD.shape)
 
     def forward(self, layer: int) -> None:
-        """From the request's payload into the reply's."""
+        """Compute a layer from the request's payload into the reply's."""
         request, reply = self._request, self._reply
         if self._in_place:
             self._shard.forward(layer, request.x_TD, request.phys_TK, request.w_TK, out_TD=reply.partial_TD)

@@ -1,4 +1,4 @@
-"""The router's socket to one shard: one frame out, one answer in, under a step's deadlines."""
+"""The router's link to one shard: it sends a layer's frame and receives the answer, under the deadlines of the step."""
 
 import logging
 import socket
@@ -17,21 +17,25 @@ from experts.fabric.tcp.sockets import Deadline, prepare, receive_frame, send_fr
 logger = logging.getLogger(__name__)
 
 SPIN_S = 60e-6
-"""The whole way of a small layer. A router that waits for longer gives its core up: a shard may be waiting for it."""
+"""The time that a router polls before it sleeps: the round trip of a small layer. After that it gives its core up, since
+a shard on the same host may be waiting for one."""
 
 ANSWER_GRACE = 0.1
-"""At least this part of dead_s is there to read an answer: links are read in turn, so that may begin late."""
+"""The part of dead_s that a read may take at least: links are read in turn, so a read may begin late."""
 
 
 class Patience(NamedTuple):
-    """How long a shard may take over one layer: it is reported after slow_s and dead after dead_s."""
+    """The time that a shard may take over one layer: it is reported as slow after slow_s and is dead after dead_s."""
 
     slow_s: float
     dead_s: float
 
 
 class ShardLink:
-    """Used by one thread, but for `waited`. Owns its socket, one of `sockets`, and the memory of the shard's last answer."""
+    """A link from the router to one shard, used by one thread, except `waited`.
+
+    It owns its socket, which is one of `sockets`, and the memory of the shard's last answer.
+    """
 
     def __init__(self, address: ShardAddress, sock: socket.socket, sockets: OpenSockets) -> None:
         self.address = address
@@ -50,7 +54,7 @@ class ShardLink:
 
     @classmethod
     def open(cls, address: ShardAddress, sockets: OpenSockets, *, timeout_s: float) -> Self:
-        """Connect and shake hands. Raises OSError or FabricError."""
+        """Connect to a shard and shake hands. Raises OSError or FabricError."""
         deadline = Deadline(timeout_s)
         sock = sockets.connect(address, timeout_s=timeout_s)
         try:
@@ -63,7 +67,10 @@ class ShardLink:
 
     @property
     def idle(self) -> bool:
-        """Open, and owes nothing: an answer that is still on its way would be taken for the next one."""
+        """Return whether the link is open and no answer is outstanding.
+
+        A late answer would be taken for the answer to the next layer.
+        """
         if self._owes_answer:
             return False
         try:
@@ -72,10 +79,10 @@ class ShardLink:
             return True
         except OSError:  # a reset, or a host that cannot be reached any more
             return False
-        return False  # the end of the stream, or bytes that nobody asked for
+        return False  # the end of the stream, or bytes that were not asked for
 
     def begin(self, step: int, patience: Patience) -> None:
-        """For the layers that follow."""
+        """Set the step and the deadlines of the layers that follow."""
         self._step = step
         self._reported = False
         if patience != self._patience:
@@ -84,14 +91,14 @@ class ShardLink:
         self._wake_after(patience.slow_s)
 
     def send(self, request: LayerFrame) -> None:
-        """Raises OSError."""
+        """Send a layer's frame. Raises OSError."""
         self._owes_answer = True
         self._began_at = time.monotonic()
         send_frame(self._socket, request.frame, keep_waiting=self._keep_sending)
         self._sent_at = time.monotonic()
 
     def receive(self, request: LayerFrame) -> Tensor:
-        """The partial sums that answer this request: [T, D], this link's memory, until the next receive.
+        """Return the partial sums that answer this request: [T, D] in this link's memory, valid until the next receive.
 
         Raises OSError or FabricError.
         """
@@ -111,10 +118,11 @@ class ShardLink:
         return reply.partial_TD
 
     def waited(self) -> Waited:
-        """From any thread."""
+        """Return the answers that came and the seconds waited for them. From any thread."""
         return Waited(self._num_answers, self._waited_s)
 
     def close(self) -> None:
+        """Close the socket."""
         self._sockets.close(self._socket)
 
     def _keep_sending(self) -> None:
@@ -140,7 +148,7 @@ class ShardLink:
             )
 
     def _wake_after(self, seconds: float) -> None:
-        """A receive that gets nothing for so long asks _keep_receiving."""
+        """Have a receive that gets nothing for this long call _keep_receiving."""
         if seconds != self._wakes_after_s:
             self._wakes_after_s = seconds
             set_kernel_timeout(self._socket, socket.SO_RCVTIMEO, seconds)

@@ -1,4 +1,4 @@
-"""Frames through a blocking socket, with the kernel's own timeouts (Python's would cost a poll per call)."""
+"""Sending and receiving frames on blocking sockets, with the kernel's time-outs (Python's would cost a poll per call)."""
 
 import errno
 import os
@@ -18,15 +18,15 @@ KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_PROBES = 3
 
 UNIX_BUFFER_BYTES = 4 << 20
-"""What a sender may be ahead of its reader. The system's limit, net.core.wmem_max, is lower on most machines."""
+"""The number of bytes that a sender may be ahead of its reader. Most systems set a lower limit, net.core.wmem_max."""
 
 
 class PeerError(FabricError):
-    """The sentence of an ERROR frame: what the peer says it could not do."""
+    """The peer sent an ERROR frame; the message is its sentence, which says what it could not do."""
 
 
 class Deadline:
-    """A keep_waiting that gives up some seconds after its making."""
+    """A keep_waiting that gives up this many seconds after it was made."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -36,7 +36,7 @@ class Deadline:
         self.left_s()
 
     def left_s(self) -> float:
-        """Above zero. Raises TimeoutError once nothing is left."""
+        """Return the seconds that are left, more than zero. Raises TimeoutError once nothing is left."""
         left_s = self._at - time.monotonic()
         if left_s <= 0:
             raise TimeoutError(f"no answer within {self._seconds:.1f} s")
@@ -44,7 +44,7 @@ class Deadline:
 
 
 def listen_here(name: str) -> socket.socket:
-    """A Unix socket that listens under this abstract name, for whoever shares our network namespace."""
+    """Return a Unix socket that listens under this abstract name, for processes of the same network namespace."""
     sock = socket.socket(socket.AF_UNIX)
     sock.bind("\0" + name)
     sock.listen()
@@ -52,7 +52,10 @@ def listen_here(name: str) -> socket.socket:
 
 
 def connect_here(name: str) -> socket.socket | None:
-    """To who listens here under this name, or None. Waits for nobody."""
+    """Return a socket connected to this abstract name, or None if no process here listens under it.
+
+    It does not block.
+    """
     sock = socket.socket(socket.AF_UNIX)
     sock.setblocking(False)
     if sock.connect_ex("\0" + name) == 0:
@@ -62,7 +65,10 @@ def connect_here(name: str) -> socket.socket | None:
 
 
 def start_connecting(host: str, port: int) -> socket.socket:
-    """A TCP socket on its way to this peer: from now on `shut` ends it. Waits for nobody if host is an address."""
+    """Return a TCP socket that is being connected to this peer: from now on `shut` ends it.
+
+    It does not block if host is an address and not a name.
+    """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -74,7 +80,7 @@ def start_connecting(host: str, port: int) -> socket.socket:
 
 
 def finish_connecting(sock: socket.socket, *, timeout_s: float) -> None:
-    """Raises OSError, also once it is shut."""
+    """Wait until the socket is connected. Raises OSError, also when the socket is shut."""
     ready = select.poll()
     ready.register(sock, select.POLLOUT)
     if not ready.poll(timeout_s * 1000):
@@ -83,10 +89,11 @@ def finish_connecting(sock: socket.socket, *, timeout_s: float) -> None:
 
 
 def prepare(sock: socket.socket) -> None:
-    """Blocking; a Unix socket with room for a layer, as far as the system allows; TCP without Nagle's delay.
+    """Make a socket blocking; give a Unix socket room for a layer, as far as the system allows; free TCP of Nagle's delay.
 
-    A TCP peer that falls silent (power loss sends no RST) ends the link within 11 s. That is while it owes no acknowledgement; while it does, the kernel sends again for 15 minutes instead. No
-    TCP_USER_TIMEOUT: it would overrule the 11 s, and end links to a living peer that only does not read for a while.
+    A TCP peer that falls silent (a power loss sends no RST) ends the link within 11 s if it owes no acknowledgement; if it
+    does, the kernel sends again for 15 minutes instead. TCP_USER_TIMEOUT is not set: it would overrule the 11 s, and end
+    links to a living peer that only does not read for a while.
     """
     sock.setblocking(True)
     if sock.family == socket.AF_UNIX:
@@ -100,13 +107,16 @@ def prepare(sock: socket.socket) -> None:
 
 
 def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """option: SO_RCVTIMEO or SO_SNDTIMEO. At least a millisecond; 0 waits for ever, which is how sockets are born."""
+    """Set SO_RCVTIMEO or SO_SNDTIMEO, to at least a millisecond. 0 means no time-out, with which sockets begin."""
     micros = max(1000, round(seconds * 1e6)) if seconds else 0
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(micros, 1_000_000)))
 
 
 def send_frame(sock: socket.socket, frame: memoryview, *, keep_waiting: Callable[[], None]) -> None:
-    """Send all bytes. keep_waiting: called after each time-out and each partial write; it raises to give up."""
+    """Send all bytes.
+
+    keep_waiting: called after each time-out and each partial write; it raises to give up.
+    """
     sent = _send_some(sock, frame)
     while sent < len(frame):
         keep_waiting()
@@ -153,7 +163,7 @@ def receive_frame(
 
 
 def receive_some(sock: socket.socket, view: memoryview, spin_s: float) -> int:
-    """What has arrived; 0 once SO_RCVTIMEO has passed, of which it spins for spin_s at first.
+    """Read what has arrived and return how many bytes, or 0 once SO_RCVTIMEO has passed. It polls for spin_s at first.
 
     Raises ConnectionError at the end of the stream.
     """
@@ -169,20 +179,23 @@ def receive_some(sock: socket.socket, view: memoryview, spin_s: float) -> int:
 
 
 def shut(sock: socket.socket) -> None:
-    """Wake every thread that waits on this socket; they find it at its end. The owner still has to close it."""
-    with suppress(OSError):  # it never was connected, or its peer was faster
+    """Wake every thread that waits on this socket; they find the stream at its end.
+
+    The owner still has to close it.
+    """
+    with suppress(OSError):  # it never was connected, or the peer has closed it already
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def ms_since_ack(sock: socket.socket) -> int:
-    """How long ago the peer's kernel last acknowledged anything, keepalive and window probes included."""
+    """Return the milliseconds since the peer's kernel last acknowledged anything, keepalive and window probes included."""
     if sock.family == socket.AF_UNIX:
         return 0  # the peer's kernel is our own
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_RECV + 4)
     return int.from_bytes(info[_LAST_ACK_RECV:], sys.byteorder)
 
 
-_LAST_ACK_RECV = 56  # of struct tcp_info
+_LAST_ACK_RECV = 56  # offset of tcpi_last_ack_recv in struct tcp_info
 
 
 def _raise_os_error(code: int, *, unless: int = 0) -> None:
@@ -198,7 +211,10 @@ def _send_some(sock: socket.socket, frame: memoryview) -> int:
 
 
 def _spin(sock: socket.socket, view: memoryview, spin_s: float) -> int | None:
-    """What has arrived within spin_s, or None. Whoever waits for this core gets it in between."""
+    """Read what arrives within spin_s, or return None.
+
+    A thread that waits for this core gets it in between.
+    """
     sleep_at = time.perf_counter() + spin_s
     while time.perf_counter() < sleep_at:
         try:

@@ -18,8 +18,8 @@ FIRST_SLOT, NUM_SLOTS = 4, 3
 
 @pytest.fixture(params=[PairsOnCpu, PairsOnDevice])
 def pairs(request: pytest.FixtureRequest) -> LocalPairs:
-    """Of a shard with the slots 4, 5 and 6."""
-    return request.param(4, 3, CPU)
+    """The pairs of a shard that has the slots 4, 5 and 6."""
+    return request.param(FIRST_SLOT, NUM_SLOTS, CPU)
 
 
 def test_ids_become_slots_and_are_counted(pairs: LocalPairs) -> None:
