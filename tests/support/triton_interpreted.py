@@ -1,6 +1,6 @@
 """Our Triton kernels in Triton's interpreter, which needs no GPU: all but the assembly that dequantises.
 
-    TRITON_INTERPRET=1 python -m tests.triton_interpreted
+    TRITON_INTERPRET=1 python -m tests.support.triton_interpreted
 
 Prints the largest error of each call as JSON. Triton reads the variable when it is imported, so this is a process of
 its own. In float32, since the interpreter multiplies bfloat16 as if they were integers.
