@@ -35,7 +35,7 @@ class Dispatcher:
         self._on_lost = on_lost
         self._unlinked_at = time.monotonic()
         self._members: Membership | None = None
-        self._primary_LE = torch.empty(0)
+        self._primary_LE: Tensor | None = None  # int32 on the device; never moves once it is there
 
     @property
     def epoch(self) -> int:
@@ -59,9 +59,17 @@ class Dispatcher:
         except Aborted:
             return
         self._members = members
-        self._primary_LE = torch.from_numpy(members.placement.primary_LE).to(self._device)
+        self._write_placement(torch.from_numpy(members.placement.primary_LE))
         self.linked = True
         logger.info("epoch %d: %d shards linked", members.epoch, len(members.shards))
+
+    def _write_placement(self, primary_LE: Tensor) -> None:
+        """Write the placement in place: captured graphs read the table where it stood when they were captured."""
+        if self._primary_LE is None:
+            with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
+                self._primary_LE = torch.empty_like(primary_LE, device=self._device)
+        assert self._primary_LE.shape == primary_LE.shape, (self._primary_LE.shape, primary_LE.shape)
+        self._primary_LE.copy_(primary_LE)
 
     def renew(self) -> None:
         """Enter the same epoch again: links that still owe an answer are made anew."""
@@ -91,6 +99,7 @@ class Dispatcher:
 
         logical_TK: the top-k experts, any integer dtype; w_TK: their weights, any float dtype.
         """
+        assert self._primary_LE is not None
         phys_TK = self._primary_LE[layer].take(logical_TK.long())
         ticket = self._fabric.dispatch(layer, x_TD, phys_TK, w_TK.float())
         out_TD = torch.empty_like(x_TD)

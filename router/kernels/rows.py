@@ -126,7 +126,8 @@ def softmax_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Return the largest K probabilities of each row, descending, float32 [T, K], and their experts' ids, int64 [T, K].
 
-    Of equal ones the lower id comes first. divided: the weights are divided by their sum. rounded_to: the weights are
+    Of equal ones the lower id comes first. Ids are below E for any logits; a row with a NaN or without a finite logit has
+    NaN weights. divided: the weights are divided by their sum. rounded_to: the weights are
     rounded to this dtype (and stay float32), as a family whose gate returns them in it does.
     """
     num_rows, num_experts = logits_TE.shape
@@ -271,13 +272,14 @@ def _softmax_top_k(
     logit = tl.load(logits_TE + row * stride + e, mask=e < E, other=float("-inf")).to(tl.float32)
     p = tl.exp(logit - tl.max(logit, axis=0))
     p /= tl.sum(p, axis=0)
-    p = tl.where(e < E, p, -1.0)
+    # Ids stay below E whatever the logits are: a row with NaN, or without a finite logit, has NaN weights, which pass.
+    key = tl.where(e < E, tl.where(p == p, p, 0.0), -1.0)
     w, ids = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.int64)
     for place in tl.static_range(K):
-        best = tl.argmax(p, axis=0)
-        w = tl.where(k == place, tl.max(p, axis=0), w)
+        best = tl.argmax(key, axis=0)
+        w = tl.where(k == place, tl.sum(tl.where(e == best, p, 0.0), axis=0), w)
         ids = tl.where(k == place, best.to(tl.int64), ids)
-        p = tl.where(e == best, -1.0, p)
+        key = tl.where(e == best, -1.0, key)
     if DIVIDED:
         w /= tl.sum(w, axis=0)
     if ROUND:

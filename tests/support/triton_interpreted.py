@@ -237,6 +237,9 @@ def errors_of_gates() -> dict[str, float]:
         truth_TK /= truth_TK.sum(-1, keepdim=True) if divided else 1
         wrong_ids = float((id_TK != ids_TK).sum())
         errors[f"gate, {num_experts} experts"] = wrong_ids + float((w_TK - truth_TK).abs().max())
+    logits_TE = torch.stack([torch.full((6,), bad) for bad in (torch.nan, -torch.inf)])
+    w_TK, id_TK = rows.softmax_top_k(logits_TE, 3, rounded_to=torch.float32, divided=True)
+    errors["gate, no finite logit"] = float((id_TK >= 6).sum() + w_TK.isfinite().sum())
     return errors
 
 
