@@ -37,7 +37,7 @@ WINGS = (
     "router.cache",
     "router.text",
     "router.dispatch router.request router.model_config router.config",
-    "experts.fabric.tcp experts.fabric.local experts.fabric.faulty",
+    "experts.fabric.tcp experts.fabric.mailbox experts.fabric.local experts.fabric.faulty",
     "experts.fabric",
     "experts.selftest",
     "experts.shard",
