@@ -79,13 +79,13 @@ def raise_flag(table, flag, position, arrived):
             store_release(flag, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position"])
 def wait_for_outbox(table, position):
     """Wait for the rows of a layer, or for a stop."""
     wait(table, tl.load(table + FLAG), position)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position"])
 def wait_for_inboxes(table, position):
     """Wait for the partial sums of every peer, or for a stop."""
     for peer in range(0, tl.load(table + NUM_PEERS)):
@@ -107,7 +107,7 @@ def at_address(table, entry, dtype: tl.constexpr):
     return tl.multiple_of(tl.multiple_of(tl.load(table + entry), 16).to(tl.pointer_type(dtype)), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position", "num_rows"])
 def post_rows(
     table,
     position,
@@ -136,7 +136,7 @@ def post_rows(
     raise_flag(table, tl.load(table + FLAG), position, arrived)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def fetch_rows(
     table,
     x_TD,
@@ -161,7 +161,7 @@ def fetch_rows(
     tl.store(w_TK + k, weights, mask=k < num_rows * K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position"])
 def post_partial(table, position, partial_TD, arrived, D: tl.constexpr, BLOCK: tl.constexpr):
     """Copy the partial sums of real rows to the inbox, and raise its flag."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -171,7 +171,7 @@ def post_partial(table, position, partial_TD, arrived, D: tl.constexpr, BLOCK: t
     raise_flag(table, tl.load(table + PEERS), position, arrived)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def sum_partials(
     table,
     own_TD,
