@@ -1,6 +1,6 @@
 """Our Triton kernels in Triton's interpreter, which needs no GPU: all but the assembly that dequantises.
 
-    TRITON_INTERPRET=1 python -m tests.triton_interpreted
+    TRITON_INTERPRET=1 python -m tests.support.triton_interpreted
 
 Prints the largest error of each call as JSON. Triton reads the variable when it is imported, so this is a process of
 its own. In float32, since the interpreter multiplies bfloat16 as if they were integers.
@@ -110,14 +110,28 @@ def empty_cache(num_slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     return LayerCache(k_SGD, v_SGD, scale_SG2)
 
 
+ROWS_BY_KERNEL = 9
+
+
 def write(cache: LayerCache, slot_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
-    """What has then been kept of them, as torch has it."""
-    rows.write_cache(k_TGD, v_TGD, slot_T, cache)
+    """Write keys and values to the cache and return what is then kept of them, as torch has it.
+
+    The kernel writes the first rows, each by a program of its own, which takes the interpreter milliseconds; torch the others.
+    """
+    first = slice(ROWS_BY_KERNEL)
+    rows.write_cache(k_TGD[first], v_TGD[first], slot_T[first], cache)
     rows.write_cache(k_TGD[:1], v_TGD[:1], torch.tensor([-1]), cache)  # nowhere
+    rest, others_T = slice(ROWS_BY_KERNEL, None), slot_T[ROWS_BY_KERNEL:]
     if cache.scale_SG2 is None:
+        cache.k_SGD[others_T], cache.v_SGD[others_T] = k_TGD[rest], v_TGD[rest]
         return k_TGD, v_TGD
-    k, v = (fp8.dequantize(*fp8.quantize(x_TGD), torch.float32) for x_TGD in (k_TGD, v_TGD))
-    return k, v
+    kept = []
+    for n, (x_TGD, held_SGD) in enumerate(((k_TGD, cache.k_SGD), (v_TGD, cache.v_SGD))):
+        code_TGD, scale_TG = fp8.quantize(x_TGD)
+        held_SGD.view(torch.uint8)[others_T] = code_TGD[rest].view(torch.uint8)
+        cache.scale_SG2[others_T, :, n] = scale_TG[rest]
+        kept.append(fp8.dequantize(code_TGD, scale_TG, torch.float32))
+    return kept[0], kept[1]
 
 
 def errors_of_attention() -> dict[str, float]:
@@ -153,7 +167,10 @@ def errors_of_prompts() -> dict[str, float]:
             contexts.append(
                 write(cache, slot_T, *torch.randn(2, kv_heads, len(slot_T), head_dim).transpose(1, 2))
             )
-        tokens = tokens_per_tile(heads // kv_heads, torch.float32)
+        sized_for = (
+            torch.float32 if dtype == torch.float32 else torch.bfloat16
+        )  # so that tiles of either size run
+        tokens = tokens_per_tile(heads // kv_heads, sized_for)
         tile_X4 = torch.from_numpy(cut_into_tiles(spans, first=first, tokens=tokens))
         before_THD = out_THD[:first].clone()
         prompt_attention(q_THD, cache, PromptTiles(tile_X4, table_PN, tokens), block_size, 0.3, out_THD)
