@@ -7,7 +7,6 @@ live from themselves. Every rank has a Keeper, which starts a shard, waits until
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class Fleet:
         self._recovered = False
         self._one_recovery = asyncio.Lock()
         self._one_change = asyncio.Lock()
-        self._leases = {NOBODY: time.monotonic() + lease_s}
+        self._leases = {NOBODY: _now() + lease_s}
         self._watchdog = asyncio.get_running_loop().create_task(self._watch_leases())
 
     # Called by routers
@@ -103,7 +102,7 @@ class Fleet:
     async def renew(self, router: str, *, ttl_s: float) -> bool:
         """Keep the fleet for this long. False: this Fleet does not know the router (it was restarted)."""
         known = router in self._leases
-        self._leases[router] = time.monotonic() + ttl_s
+        self._leases[router] = _now() + ttl_s
         self._leases.pop(NOBODY, None)
         await self._recover()
         for shard in self._living():
@@ -203,7 +202,7 @@ class Fleet:
 
     def _lease_left_s(self) -> float:
         """The shards' lease is the longest of the routers': it ends as theirs does, whether this Fleet lives or not."""
-        return max(0.0, max(self._leases.values(), default=0.0) - time.monotonic())
+        return max(0.0, max(self._leases.values(), default=0.0) - _now())
 
     async def _watch_leases(self) -> None:
         while True:
@@ -224,6 +223,10 @@ def survivors(states: Mapping[str, ShardState]) -> dict[int, str]:
         return {}
     newest = max(loaded.values(), key=lambda state: state.epoch)
     return {state.rank: name for name, state in loaded.items() if state.spec == newest.spec}
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _read_placement(spec: FleetSpec) -> ExpertPlacement:
