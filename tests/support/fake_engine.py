@@ -1,4 +1,4 @@
-"""What the ingress's tests put around it: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
+"""The surroundings of an ingress under test: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
 
 import asyncio
 import json
@@ -31,7 +31,8 @@ Step = RequestOutput | Exception | float | None
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """A tokenizer that renders a chat as <tools>[...]<role>content, calls in JSON behind the content, and `tail` at the end."""
+    """A tokenizer that renders a chat as <tools>[...]<role>content, calls in JSON behind the content, and
+    `tail` at the end."""
 
     chat_template: str = ""
     tail: str = field(default="", kw_only=True)
@@ -74,7 +75,7 @@ def _rendered(message: Mapping[str, Any]) -> str:
 
 
 class FakeEngine:
-    """Plays the script for every request. running: ids of the requests that hold a slot."""
+    """An engine that plays its script for every request. running: ids of the requests that hold a slot."""
 
     def __init__(self, script: Sequence[Step] | Callable[[Request], Sequence[Step]]) -> None:
         self._script = script if callable(script) else lambda request: script
@@ -118,7 +119,7 @@ class FakeEngine:
 
 
 def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = False) -> list[Step]:
-    """Outputs with these texts, a token for each byte; the last one finishes."""
+    """Return a script of outputs with these texts, a token for each byte; the last one finishes."""
     return [
         RequestOutput(
             id="",
@@ -155,7 +156,10 @@ class _EngineOfTheRequest:
 
 @dataclass(frozen=True)
 class FakeIngress:
-    """An ASGI application, the real one around an engine. Building it takes 40 ms, so engines share those that are alike."""
+    """An ASGI application, the real one around an engine.
+
+    Building it takes 40 ms, so engines share those that are alike.
+    """
 
     app: FastAPI
     engine: EngineClient
@@ -198,7 +202,7 @@ def client_of(engine: EngineClient, tokenizer: ByteTokenizer = _BYTES) -> openai
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error, after checking that it has OpenAI's shape."""
+    """Return the error of a response, after checking that it has OpenAI's shape."""
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert response.headers["content-type"] == "application/json"

@@ -1,4 +1,5 @@
-"""An event loop whose time passes at once while nobody does anything, so that a test may wait for a minute, or see that nothing happens in one."""
+"""An event loop whose time passes at once while nobody does anything, so that a test may wait for a minute,
+or see that nothing happens in one."""
 
 import asyncio
 import selectors

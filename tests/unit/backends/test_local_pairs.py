@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[PairsOnCpu, PairsOnDevice])
 def pairs(request: pytest.FixtureRequest) -> LocalPairs:
-    """Of a shard with the slots 4, 5 and 6."""
+    """Return the pairs of a shard with the slots 4, 5 and 6."""
     return request.param(4, 3, CPU)
 
 

@@ -42,7 +42,7 @@ async def next_members(fleet: Fleet, having: Membership | None = None) -> Member
 
 
 async def started(shards: FakeRayShards, *, num_shards: int = 2) -> tuple[Fleet, Membership]:
-    """A fleet that a router wants, and its first membership."""
+    """Return a fleet that a router wants, and its first membership."""
     fleet = Fleet("app", lease_s=LEASE_S, shards=shards)
     assert not await fleet.renew("router", ttl_s=LEASE_S)
     assert await fleet.reconcile(fleet_spec(num_shards=num_shards)) == ""
@@ -92,7 +92,7 @@ async def test_shards_that_load_are_in_the_overview_and_those_that_do_not_run_ye
 
 
 async def left_behind(shards: FakeRayShards) -> Membership:
-    """What a router has of a Fleet that was killed."""
+    """Return what a router has of a Fleet that was killed."""
     fleet, members = await started(shards)
     await until(lambda: all(handle.actor.epoch == members.epoch for handle in shards.handles.values()))
     kill_fleet(fleet)

@@ -21,14 +21,15 @@ REQUEST = Request("r1", (1, 2), SamplingParams())
 LIMITS = Limits(max_model_len=100, max_requests=4)
 
 A_WHILE_S = 60.0
-"""In virtual time, which passes at once."""
+"""Seconds of virtual time, which pass at once."""
 
 
 http_request: ContextVar[str] = ContextVar("http_request")
 
 
 class Stream:
-    """What `attach` returns: Limits, then what is put into it, until an Exception or None ends it."""
+    """A stand-in for what `attach` returns: Limits, then what is put into it, until an Exception or None ends
+    it."""
 
     def __init__(self) -> None:
         self.items: asyncio.Queue[list[RequestOutput] | Limits | Exception | None] = asyncio.Queue()
@@ -55,7 +56,10 @@ class Method:
 
 
 class Handle:
-    """answers: by method, what its next call gives; a method that is not there never answers."""
+    """A stand-in for Serve's handle.
+
+    answers: by method, what its next call gives; a method that is not there never answers.
+    """
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
@@ -101,7 +105,7 @@ async def handle() -> Handle:
 
 @pytest.fixture
 async def client(handle: Handle) -> AsyncIterator[HandleClient]:
-    """Attached."""
+    """Yield a client that is attached to a router."""
     handle_: Any = handle
     client = HandleClient(handle_)
     client.start()
