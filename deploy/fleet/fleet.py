@@ -8,7 +8,6 @@ gone, and starts another.
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ class Fleet:
         self._recovered = False
         self._one_recovery = asyncio.Lock()
         self._one_change = asyncio.Lock()
-        self._leases = {FIRST_LEASE: time.monotonic() + lease_s}
+        self._leases = {FIRST_LEASE: _now() + lease_s}
         self._watchdog = asyncio.get_running_loop().create_task(self._watch_leases())
 
     # Called by routers
@@ -117,7 +116,7 @@ class Fleet:
         Returns False if this Fleet, having been restarted, does not know the router.
         """
         known = router in self._leases
-        self._leases[router] = time.monotonic() + ttl_s
+        self._leases[router] = _now() + ttl_s
         self._leases.pop(FIRST_LEASE, None)
         await self._recover()
         for shard in self._living():
@@ -223,7 +222,7 @@ class Fleet:
 
         The shards are given the same, so that theirs ends with it, whether this Fleet lives or not.
         """
-        return max(0.0, max(self._leases.values(), default=0.0) - time.monotonic())
+        return max(0.0, max(self._leases.values(), default=0.0) - _now())
 
     async def _watch_leases(self) -> None:
         while True:
@@ -247,6 +246,10 @@ def survivors(states: Mapping[str, ShardState]) -> dict[int, str]:
         return {}
     newest = max(loaded.values(), key=lambda state: state.epoch)
     return {state.rank: name for name, state in loaded.items() if state.spec == newest.spec}
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _read_placement(spec: FleetSpec) -> ExpertPlacement:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -94,11 +93,11 @@ class Keeper:
                 num_failures += 1
             else:
                 self._trouble = self.hopeless = ""
-                loaded_at = time.monotonic()
+                loaded_at = asyncio.get_running_loop().time()
                 await self._on_loaded()
                 self._trouble = f"is being replaced: {await _until_gone(shard)}"
                 logger.warning("%s (%s)", self.problem, shard.name)
-                num_failures = failures(num_failures, lived_s=time.monotonic() - loaded_at)
+                num_failures = failures(num_failures, lived_s=asyncio.get_running_loop().time() - loaded_at)
             self._drop()
             await asyncio.sleep(PAUSES_S[min(num_failures, len(PAUSES_S) - 1)])
 

@@ -49,7 +49,7 @@ PROMPTS = (
     (8, 4096, 256),
     (1, 8000, 64),
 )
-"""How many chunks, tokens before each, tokens of each."""
+"""The prompts' shapes: how many chunks, tokens before each, tokens of each."""
 
 PROMPT_LAYERS = 4
 
@@ -59,7 +59,7 @@ WORKSPACE_BYTES = 256 << 20
 
 
 class Paged(NamedTuple):
-    """A cache [L, S, G, D] and the blocks of a batch's contexts. FlashInfer sees the same memory."""
+    """A paged cache [L, S, G, D] and the blocks of a batch's contexts. FlashInfer sees the same memory."""
 
     cache: KVCache
     tables: BlockTables
@@ -89,7 +89,8 @@ class Paged(NamedTuple):
         return k, v
 
     def page_lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every request: where its pages begin in the list, the list, tokens on its last page."""
+        """Return FlashInfer's lists of every request's pages: where they begin in the list, the list, tokens
+        on the last page."""
         rows, per_row = self.tables.table_RN.shape
         begin = torch.arange(rows + 1, dtype=torch.int32) * per_row
         pages = torch.from_numpy(self.tables.table_RN).int().flatten()
@@ -250,7 +251,7 @@ def _torch_prompts(heads: tuple[int, int], rows: int, before: int, count: int) -
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Of the norms."""
+    """Return the norm of the difference relative to the norm."""
     return round(float((found.float() - expected.float()).norm() / expected.float().norm()), 5)
 
 

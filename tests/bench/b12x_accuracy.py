@@ -1,4 +1,4 @@
-"""What W4A4 costs, by the emulation of the kernels.
+"""A measure of what W4A4 costs, by the emulation of the kernels.
 
     python -m tests.bench.b12x_accuracy --bf16 DIR [--windows N] [--output FILE]
 
@@ -42,7 +42,8 @@ SCALES: tuple[Scales, ...] = ("exact", "baked")
 
 
 def errors_of_layer(hidden: int, intermediate: int, std: float) -> dict[str, float]:
-    """One expert, normal weights of this deviation, normal activations of deviation 1, calibrated on themselves."""
+    """Return the errors of one expert with normal weights of this deviation and normal activations of
+    deviation 1, calibrated on themselves."""
     random = torch.Generator().manual_seed(0)
     gate, up = (torch.randn(intermediate, hidden, generator=random) * std for _ in range(2))
     down = torch.randn(hidden, intermediate, generator=random) * std
@@ -76,7 +77,7 @@ def errors_of_layer(hidden: int, intermediate: int, std: float) -> dict[str, flo
 
 
 def score(backend: str, windows: list[list[int]]) -> Tensor:
-    """float64 [windows, tokens]: log-probabilities by our engine in float32, two shards."""
+    """Return log-probabilities by our engine in float32 with two shards, as float64 [windows, tokens]."""
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
     with in_process(

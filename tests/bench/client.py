@@ -10,7 +10,10 @@ import httpx
 
 @dataclass
 class Streamed:
-    """arrivals: of the pieces of text, on time.perf_counter. retry_after_s: where the status is 429."""
+    """A streamed answer.
+
+    arrivals: when its pieces of text came, on time.perf_counter. retry_after_s: where the status is 429.
+    """
 
     status: int
     began: float
@@ -21,17 +24,17 @@ class Streamed:
 
     @property
     def first_s(self) -> float:
-        """Time to the first token."""
+        """Return the seconds to the first token."""
         return self.arrivals[0] - self.began
 
     @property
     def gaps_s(self) -> list[float]:
-        """Between tokens."""
+        """Return the seconds between tokens."""
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Streamed:
-    """The answer to one request. Raises httpx.HTTPError where the connection breaks."""
+    """Return the answer to one request. Raises httpx.HTTPError where the connection breaks."""
     began = time.perf_counter()
     async with client.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}) as answer:
         streamed = Streamed(answer.status_code, began, float(answer.headers.get("retry-after", 0)))

@@ -25,7 +25,11 @@ def available() -> bool:
 
 
 class CuTileLayer:
-    """Random weights. tune() before the first call with as many tokens: tuning and compiling wait for the device, graphs cannot."""
+    """A layer with random weights.
+
+    tune() comes before the first call with as many tokens: tuning and compiling wait for the device, graphs
+    cannot.
+    """
 
     def __init__(self, shape: MoEShape, *, top_k: int, max_tokens: int, device: torch.device) -> None:
         from flashinfer.fused_moe import api
@@ -53,7 +57,7 @@ class CuTileLayer:
         self._pack = api.MoEActivationPack
 
     def tune(self, x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor) -> None:
-        """For this number of tokens. Another layer of the shape then finds the result."""
+        """Tune the layer for this number of tokens; another layer of the shape then finds the result."""
         from flashinfer.autotuner import autotune
 
         with autotune(True, tuning_buckets=(len(x_TD),)):
@@ -68,7 +72,7 @@ class CuTileLayer:
 def _random_matrices(
     num_experts: int, rows: int, cols: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, block scales and multipliers of every expert."""
+    """Draw codes, block scales and multipliers of every expert."""
     packed_ENK = torch.randint(256, (num_experts, rows, cols // 2), dtype=torch.uint8, device=device)
     sizes = num_experts, rows, cols // GROUP
     scale_ENG = torch.randint(0x28, 0x40, sizes, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)

@@ -163,7 +163,7 @@ class Bench:
         return self._engine.status().num_waiting > 0
 
     def _turns(self, count: int) -> list[float]:
-        """Milliseconds of each; a turn ends with tokens on the host."""
+        """Return the milliseconds of each turn, which ends with tokens on the host."""
         times = []
         for _ in range(count):
             began = time.perf_counter()
@@ -177,7 +177,10 @@ class Bench:
         self._turns(1)
 
     def _decode_floor_s(self, rows: int, bandwidth: float, *, active: float) -> float:
-        """active: experts that a layer's tokens chose, on average."""
+        """Return the floor of a decode step in seconds.
+
+        active: experts that a layer's tokens chose, on average.
+        """
         config = self._config
         expert = 3 * config.hidden_size * config.moe_intermediate_size * BYTES_PER_WEIGHT
         cached = rows * CONTEXT * config.num_key_value_heads * config.head_dim * 2 * 2
@@ -192,13 +195,14 @@ class Bench:
         return 2 * (count * (self._trunk_weights() - head + layers * experts) + head + layers * seen)
 
     def _trunk_weights(self) -> int:
-        """All that a token is multiplied with, outside of the experts."""
+        """Return all weights that a token is multiplied with, outside of the experts."""
         model = self._engine._trunk._model
         return sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
 
 
 def breakdown(parts: dict[str, float], *, step_ms: float, engine_ms: float, layers: int) -> dict[str, Any]:
-    """us_per_layer, whose sum is the graph's time, and us_per_step, which is what the engine takes beyond."""
+    """Return us_per_layer, whose sum is the graph's time, and us_per_step, which is what the engine takes
+    beyond."""
     in_layers = {part: us for part, us in parts.items() if part not in (*OF_A_STEP, "kernels")}
     in_layers["gaps"] = step_ms * 1e3 - sum(in_layers.values())
     sampling = parts.get("sampling", 0.0)
@@ -211,7 +215,7 @@ def breakdown(parts: dict[str, float], *, step_ms: float, engine_ms: float, laye
 
 
 def timed_ms(step: Callable[[], object]) -> list[float]:
-    """Ascending, the GPU's time."""
+    """Return the GPU's times in ascending order."""
     times = []
     for _ in range(REPLAYS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -241,7 +245,8 @@ def transformers_fits(config: Any) -> bool:
 
 @torch.inference_mode()
 def transformers_ms(config: Any) -> list[float]:
-    """Each of PROMPTS, then a decode step of each of BATCHES; NaN where it fails."""
+    """Return transformers' milliseconds for each of PROMPTS, then for a decode step of each of BATCHES; NaN
+    where it fails."""
     with GPU:
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"

@@ -30,7 +30,7 @@ from tests.bench import report
 from tests.support.processes import processes
 
 Way = Literal["unix", "tcp"]
-"""How shards on the router's host are reached, and how all others are."""
+"""The ways in which shards on the router's host are reached, and all others."""
 
 HIDDEN = 2048
 TOP_K = 8
@@ -85,7 +85,7 @@ def bare_server(way: Way) -> socket.socket:
 
 
 def fill(sock: socket.socket, view: memoryview, *, spin_s: float) -> None:
-    """Waits as the fabric does. Raises ConnectionError at the end of the stream."""
+    """Receive a whole buffer, waiting as the fabric does. Raises ConnectionError at the end of the stream."""
     received = 0
     while received < len(view):
         received += receive_some(sock, view[received:], spin_s)
@@ -93,7 +93,8 @@ def fill(sock: socket.socket, view: memoryview, *, spin_s: float) -> None:
 
 @contextmanager
 def fabric_layer(way: Way, rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
-    """A function that dispatches and combines once, against shard processes that live as long as this context."""
+    """Return a function that dispatches and combines once, against shard processes that live as long as this
+    context."""
     with processes(shard_process, [(rank, dtype) for rank in range(num_shards)]) as addresses:
         shards: list[ShardAddress] = addresses
         if way == "tcp":
@@ -112,7 +113,7 @@ def fabric_layer(way: Way, rows: int, dtype: torch.dtype, num_shards: int) -> It
 
 @contextmanager
 def bare_layer(way: Way, rows: int, dtype: torch.dtype, num_shards: int) -> Iterator[Callable[[], None]]:
-    """A function that moves a layer's bytes through bare sockets."""
+    """Return a function that moves a layer's bytes through bare sockets."""
     num_out, num_in = frame_bytes(rows, dtype)
     request, replies = bytes(num_out), [memoryview(bytearray(num_in)) for _ in range(num_shards)]
     with processes(bare_process, [(way, num_out, num_in)] * num_shards) as addresses:
@@ -133,13 +134,13 @@ def bare_layer(way: Way, rows: int, dtype: torch.dtype, num_shards: int) -> Iter
 
 
 def frame_bytes(rows: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes to one shard and back, per layer."""
+    """Return how many bytes a layer sends to one shard and gets back."""
     shape = FrameShape(rows, HIDDEN, TOP_K, dtype)
     return HEADER_BYTES + shape.layer_bytes, HEADER_BYTES + shape.partial_bytes
 
 
 def timed(layer: Callable[[], None], *, warmup: int, iterations: int) -> list[float]:
-    """Seconds of each call."""
+    """Return the seconds of each call."""
     for _ in range(warmup):
         layer()
     samples = []

@@ -1,4 +1,4 @@
-"""Of a decode step, how much is not the model: planning, sampling, text, outputs.
+"""A measure of how much of a decode step is not the model: planning, sampling, text, outputs.
 
     python -m tests.bench.host [--output FILE]
 
@@ -23,11 +23,11 @@ from tests.support.places import DEMO_MODEL
 NUM_REQUESTS = (1, 16, 64)
 NUM_STEPS = 300
 SKIPPED = 20
-"""Steps at the beginning, which have prompts in them."""
+"""How many steps at the beginning have prompts in them and are not measured."""
 
 
 class Stopwatch:
-    """Seconds spent in a trunk's forward."""
+    """A stopwatch for the seconds spent in a trunk's forward."""
 
     def __init__(self, trunk: Trunk) -> None:
         self.seconds = 0.0
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(num_requests: int) -> dict[str, Any]:
-    """Medians over steps."""
+    """Return medians over steps."""
     steps: list[tuple[float, float]] = []
     with in_process(DEMO_MODEL, num_shards=1) as server:
         server.engine.checked = False

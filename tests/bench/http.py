@@ -66,7 +66,7 @@ class Target(NamedTuple):
 def _measure(
     sides: Mapping[str, Callable[[], AbstractContextManager[Target]]],
 ) -> dict[str, list[list[float]]]:
-    """Of each side, the rates at each of STREAMS."""
+    """Return each side's rates at each of STREAMS."""
     rates: dict[str, list[list[float]]] = {side: [[] for _ in STREAMS] for side in sides}
     for turn in range(NUM_TURNS):
         for side, serve in sides.items():
@@ -79,7 +79,7 @@ def _measure(
 
 
 def _table(rates: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
-    """Prints it; the ratio is our better setting's median over their better setting's."""
+    """Print the table; the ratio is our better setting's median over their better setting's."""
     rows = []
     print(f"\n| streams | {' | '.join(rates)} | ratio |\n|{'---|' * (len(rates) + 2)}")
     for index, streams in enumerate(STREAMS):
@@ -105,7 +105,7 @@ def _spread(rates: list[float]) -> str:
 
 
 async def _rate(target: Target, streams: int) -> float:
-    """Tokens per second of all streams together, from the first request to the last token."""
+    """Return tokens per second of all streams together, from the first request to the last token."""
     tokenizer = Tokenizer(DEMO_MODEL)
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=streams)) as client:
         began = time.perf_counter()
@@ -157,7 +157,7 @@ def _answers(url: str) -> bool:
 
 
 def _save_dequantised(path: Path) -> None:
-    """The same weights for a server that cannot read NVFP4."""
+    """Save the dequantised weights for a server that cannot read NVFP4."""
     Oracle(DEMO_MODEL).model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (path / name).write_bytes((DEMO_MODEL / name).read_bytes())

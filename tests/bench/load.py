@@ -32,7 +32,7 @@ from tests.support.server import Server, serving
 MAX_REQUESTS, MAX_QUEUE = 64, 64
 PHASES = (("64 alone", 64, 60), ("200", 200, 120), ("64 alone, again", 64, 60))
 SKIPPED_S = 10
-"""Of each phase, until its streams are out of step."""
+"""Seconds at the beginning of each phase that do not count, until its streams are out of step."""
 
 
 def main() -> None:
@@ -60,7 +60,11 @@ def main() -> None:
 
 @dataclass
 class Phase:
-    """begins, ends: of what counts. done: answers, with when they ended. running: as /ready said, each second."""
+    """One phase of the load.
+
+    begins, ends: of the time that counts. done: answers, with when they ended. running: as /ready said, each
+    second.
+    """
 
     begins: float
     ends: float
@@ -137,7 +141,8 @@ async def _watch(url: str, phase: Phase) -> None:
 
 
 def _left_behind(server: Server) -> dict[str, Any]:
-    """Blocks that no request holds and yet are not free; sockets and memory of every process."""
+    """Return how many blocks no request holds and yet are not free, and the sockets and memory of every
+    process."""
     time.sleep(1)
     detail = server.detail()
     pids = {"router": detail["router_pid"], "ingress": detail["ingress_pid"]}

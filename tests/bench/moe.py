@@ -39,7 +39,7 @@ BYTES_PER_WEIGHT = 9 / 16
 
 
 class Machine(NamedTuple):
-    """Bytes read and written, and bfloat16 FLOPs, a second."""
+    """What a machine does in a second: bytes read and written, and bfloat16 FLOPs."""
 
     bandwidth: float
     flops: float
@@ -97,7 +97,8 @@ def triton_layer(shape: MoEShape) -> Layer:
 
 
 def grouped_layer(shape: MoEShape) -> Layer:
-    """On weights that were dequantised to bfloat16 before: pairs sorted, two grouped products, summed by index_add_."""
+    """Compute the layer on weights that were dequantised to bfloat16 before: pairs sorted, two grouped
+    products, summed by index_add_."""
     w13 = (
         torch.randn(shape.num_experts, 2 * shape.intermediate, shape.hidden, device=GPU, dtype=torch.bfloat16)
         * 0.02
@@ -144,7 +145,7 @@ def random_call(shape: MoEShape, num_tokens: int) -> Call:
 
 
 def time_layers(layers: list[Layer], calls: list[Call]) -> list[float]:
-    """Seconds a layer, of each replay."""
+    """Return the seconds that a layer takes in each replay."""
 
     def all_layers() -> None:
         for layer, call in zip(layers, calls, strict=True):

@@ -33,7 +33,7 @@ from tests.support.places import DEMO_MODEL, HELDOUT
 WINDOW = 512
 NUM_SHARDS = 2
 AGREEMENT = 1e-3
-"""Largest relative difference between our perplexity in float32 and transformers'."""
+"""The largest relative difference between our perplexity in float32 and transformers'."""
 
 FP8 = KVCacheConfig(dtype="fp8_e4m3")
 
@@ -50,7 +50,10 @@ def score_by_engine(
     *,
     kv_cache: KVCacheConfig | None = None,
 ) -> Tensor:
-    """float64 [windows, WINDOW - 1]: the log-probability of every token but the first. dtype: of trunk and wire."""
+    """Return the log-probability of every token but the first, float64 [windows, WINDOW - 1].
+
+    dtype: of trunk and wire.
+    """
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [Request(str(n), tuple(window), params) for n, window in enumerate(windows)]
     config = RouterConfig(max_queue=len(windows), kv_cache=kv_cache or KVCacheConfig())
@@ -62,7 +65,7 @@ def score_by_engine(
 
 @torch.inference_mode()
 def score_by_transformers(model: Any, windows: Iterable[Sequence[int]]) -> Tensor:
-    """As score_by_engine, one window at a time."""
+    """Return what score_by_engine does, by transformers, one window at a time."""
     scores = []
     for window in windows:
         token_1T = torch.tensor([window])
@@ -79,7 +82,7 @@ def logits_of_engine(
     *,
     kv_cache: KVCacheConfig | None = None,
 ) -> Iterator[Tensor]:
-    """[WINDOW, V] of each window. dtype: of trunk, wire and experts."""
+    """Yield the logits [WINDOW, V] of each window. dtype: of trunk, wire and experts."""
     kept: list[Tensor] = []
     forward = Trunk.forward
 
@@ -99,14 +102,14 @@ def logits_of_engine(
 
 
 def closeness(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits, row by row [T]: whether the likeliest token is the same, and KL(theirs || ours) in nat."""
+    """Compare logits row by row [T]: whether the likeliest token is the same, and KL(theirs || ours) in nat."""
     ours_TV, theirs_TV = ours_TV.float().log_softmax(-1), theirs_TV.float().log_softmax(-1)
     same_T = ours_TV.argmax(-1) == theirs_TV.argmax(-1)
     return same_T.float(), (theirs_TV.exp() * (theirs_TV - ours_TV)).sum(-1)
 
 
 def measure_bfloat16(path: Path, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The engine in bfloat16 against transformers in float32, on every 5th window."""
+    """Compare the engine in bfloat16 with transformers in float32, on every 5th window."""
     oracle = Oracle(path)
     pairs = zip(logits_of_engine(path, windows[::5], torch.bfloat16), windows[::5], strict=True)
     same, divergence = zip(*(closeness(ours, oracle.logits(window)) for ours, window in pairs), strict=True)
@@ -122,7 +125,8 @@ def perplexity(scores: Tensor) -> float:
 
 
 def measure(path: Path, windows: Sequence[Sequence[int]], bf16: Path | None) -> list[dict[str, Any]]:
-    """Of each model: perplexity, and how it differs from transformers' on the NVFP4 weights, which comes first."""
+    """Return each model's perplexity, and how it differs from transformers' on the NVFP4 weights, which comes
+    first."""
     contenders: dict[str, Callable[[], Tensor]] = {
         "transformers, NVFP4 dequantised, float32": lambda: score_by_transformers(
             Oracle(path).model, windows

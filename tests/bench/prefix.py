@@ -1,4 +1,4 @@
-"""50 prompts that begin with the same 1,000 tokens, beside 50 that begin with 1,000 of their own.
+"""A measure of 50 prompts that begin with the same 1,000 tokens, beside 50 that begin with 1,000 of their own.
 
     python -m tests.bench.prefix [--output FILE]
 

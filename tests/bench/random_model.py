@@ -56,10 +56,11 @@ SHAPES: dict[str, PreTrainedConfig] = {
 }
 
 SCALES = (0x28, 0x40)
-"""e4m3 bits of block scales, from 1/4 to below 2: their products with E2M1 values have a root mean square of 2.6."""
+"""The range of e4m3 bits of block scales, from 1/4 to below 2: their products with E2M1 values have a root
+mean square of 2.6."""
 
 INPUT_SCALE = 2.0**-8
-"""Blocks of activations keep their full precision up to 10 and beyond."""
+"""The input scale: blocks of activations keep their full precision up to 10 and beyond."""
 
 
 def main() -> None:
@@ -80,7 +81,8 @@ def expert_shape(config: Any) -> MoEShape:
 
 
 def layers_that_fit(config: Any, num_bytes: int, *, num_tokens: int, free: int) -> int:
-    """Of the config's, with keys and values of so many tokens; `free` bytes are left to activations and graphs."""
+    """Return how many of the config's layers fit with keys and values of so many tokens; `free` bytes are
+    left to activations and graphs."""
     expert = 3 * config.hidden_size * config.moe_intermediate_size * 9 // 16
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     attention = config.hidden_size * heads * config.head_dim * 2
@@ -96,7 +98,7 @@ class RandomEngine(Engine):
     """An engine over one shard in its own process, on backend triton."""
 
     def __init__(self, config: Any, *, router: RouterConfig, num_tokens: int, device: torch.device) -> None:
-        """num_tokens: that the KV cache holds."""
+        """Build the engine. num_tokens: how many the KV cache holds."""
         trunk = Trunk.random(config, dtype=torch.bfloat16, device=device)
         self.shard = random_shard(config, device)
         bytes_a_token = 2 * trunk.shape.num_layers * trunk.shape.num_kv_heads * trunk.shape.head_dim * 2
@@ -117,7 +119,8 @@ class RandomEngine(Engine):
 
 
 def _check(outputs: Sequence[RequestOutput]) -> None:
-    """An engine goes on without the requests that fail; a benchmark must not."""
+    """Raise what a request failed with: an engine goes on without the requests that fail, a benchmark must
+    not."""
     for output in outputs:
         assert output.error is None, output.error
 
@@ -127,7 +130,8 @@ def _fail(loss: Exception) -> None:
 
 
 def random_shard(config: Any, device: torch.device) -> ExpertShard:
-    """Drawn where the kernels read them: the scales and codes of no checkpoint, but as many bytes."""
+    """Return a shard whose weights are drawn where the kernels read them: the scales and codes of no
+    checkpoint, but as many bytes."""
     shape = expert_shape(config)
     shard = ExpertShard(
         shape,
@@ -148,12 +152,12 @@ def random_shard(config: Any, device: torch.device) -> ExpertShard:
 
 
 def scale_2(num_inputs: int) -> float:
-    """With which a product of inputs near 1 is near 1."""
+    """Return the multiplier with which a product of inputs near 1 is near 1."""
     return num_inputs**-0.5 / 2.6
 
 
 def write_checkpoint(config: Any, path: Path, *, file_bytes: int = 4 * 10**9) -> None:
-    """An NVFP4 checkpoint, of files of about that size, in a new directory."""
+    """Write an NVFP4 checkpoint, of files of about that size, in a new directory."""
     path.mkdir(parents=True)
     config.architectures = ["Qwen3MoeForCausalLM"]
     config.save_pretrained(path)
@@ -185,7 +189,8 @@ def _expert_tensors(shape: MoEShape) -> Iterator[tuple[str, Tensor]]:
 
 
 def random_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Ids of all bytes first, then of pairs of bytes, then of three; none of the latter come from text."""
+    """Return a tokenizer with ids of all bytes first, then of pairs of bytes, then of three; none of the
+    latter come from text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = itertools.chain.from_iterable(itertools.product(alphabet, repeat=n) for n in (1, 2, 3))
     vocab = {"".join(word): n for n, word in enumerate(itertools.islice(words, vocab_size))}

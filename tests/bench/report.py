@@ -1,4 +1,5 @@
-"""What every benchmark says about itself: one JSON line with commit, versions, hardware, samples and their spread."""
+"""The report that every benchmark makes of itself: one JSON line with commit, versions, hardware, samples and
+their spread."""
 
 import json
 import os
@@ -43,7 +44,7 @@ def emit(name: str, results: Sequence[dict[str, Any]], *, config: dict[str, Any]
 
 
 def spread(rounds: Sequence[Sequence[float]], *, unit: str, scale: float) -> dict[str, Any]:
-    """Percentiles of several rounds of samples, times `scale`.
+    """Return percentiles of several rounds of samples, times `scale`.
 
     p50, p99: the median over rounds of each round's percentile. p50_rounds: each round's, ascending, because a machine
     that others use has quiet rounds and loud ones.
@@ -59,13 +60,14 @@ def spread(rounds: Sequence[Sequence[float]], *, unit: str, scale: float) -> dic
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The smallest sample that `percent` of the samples do not exceed."""
+    """Return the smallest sample that `percent` of the samples do not exceed."""
     ordered = sorted(samples)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
 def changed_files() -> list[str]:
-    """In which the working tree differs from its commit; results do not count, they change nothing."""
+    """Return the files in which the working tree differs from its commit; results do not count, they change
+    nothing."""
     besides_results = ["--", ".", f":!{RESULTS.relative_to(ROOT)}"]
     status = _git("status", "--porcelain", "-z", "--no-renames", *besides_results)
     return [entry[3:] for entry in status.split("\0") if entry]

@@ -1,4 +1,4 @@
-"""What the GPU does in a step, from the profiler: microseconds of every part of the model.
+"""The parts of a step on the GPU, from the profiler: microseconds of every part of the model.
 
 A kernel belongs to the part that its name says, or to that in which it stands: of the products only the order tells the gate's.
 """
@@ -20,7 +20,10 @@ COPIES = ("memcpy", "copy")
 
 
 def parts_us(step: Callable[[], object]) -> dict[str, float]:
-    """Microseconds of a step by part, and `kernels`, how many there are. Each starts call by call or in a graph."""
+    """Return microseconds of a step by part, and `kernels`, how many there are.
+
+    Each starts call by call or in a graph.
+    """
     step()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
@@ -34,7 +37,7 @@ def parts_us(step: Callable[[], object]) -> dict[str, float]:
 
 
 def parts_of(names: Sequence[str]) -> list[str]:
-    """Of a step's kernels in order.
+    """Return the parts of the model that a step's kernels belong to, in order.
 
     inputs: all before the first norm. sampling: all after the last product. dispatch: what stands between gate and
     experts, and the copies behind the experts. other: mostly residuals.

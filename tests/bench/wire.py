@@ -1,4 +1,4 @@
-"""What the wire costs: tokens per second of one process that holds all experts beside a router and two shard processes.
+"""A measure of what the wire costs: tokens per second of one process that holds all experts beside a router and two shard processes.
 
     python -m tests.bench.wire [--output FILE]
 

@@ -1,4 +1,4 @@
-"""One server for all tests that do not break it for good."""
+"""Fixtures of the cluster's tests: one server for all tests that do not break it for good."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from tests.support.server import Server, serving
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    with serving(
-        "fabric.dead_after_s=3", "fabric.slow_after_s=1", "router.max_requests=32", "router.max_queue=4"
-    ) as running:
+    settings = ["fabric.dead_after_s=3", "fabric.slow_after_s=1", "router.ready_within_s=4"]
+    settings += ["router.max_requests=32", "router.max_queue=4"]
+    with serving(*settings, environment={"RAY_metrics_report_interval_ms": "1000"}) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
 def _start_from_ready(request: pytest.FixtureRequest) -> None:
-    """A test that uses the shared server finds it whole, whatever the one before did to it."""
+    """Wait until the shared server is whole, whatever the test before did to it."""
     if "server" in request.fixturenames:
         request.getfixturevalue("server").wait_until_ready()

@@ -1,4 +1,5 @@
-"""What stands around the endpoint, behind Ray Serve's proxy: keys, ids, limits, and logs of every process."""
+"""Tests of what stands around the endpoint behind Ray Serve's proxy: keys, ids, limits, and logs of every
+process."""
 
 import json
 import re
@@ -21,7 +22,7 @@ ALICE = {"authorization": "Bearer sesame"}
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """Of Ray's session: its path must be short, for sockets."""
+    """Yield a folder for Ray's session: its path must be short, for sockets."""
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         yield Path(folder)
 
@@ -41,7 +42,10 @@ def guarded(folder: Path, keys: Path) -> Iterator[Server]:
 
 
 def logged(folder: Path) -> dict[str, list[str]]:
-    """What we wrote in every process, by the name of its actor. Beside it stand Ray's and Serve's own lines."""
+    """Return the lines that we wrote in every process, by the name of its actor.
+
+    Beside them stand Ray's and Serve's own lines.
+    """
     found: dict[str, list[str]] = {}
     for file in folder.glob("ray/session_2*/logs/worker-*.err"):
         lines = file.read_text().splitlines()

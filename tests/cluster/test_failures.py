@@ -21,11 +21,12 @@ DEAD_AFTER_S = 3.0
 """The shared server's fabric.dead_after_s."""
 
 LOAD_S = 30.0
-"""A new shard takes a few seconds from its start to its first answer; on a machine that others use, this at most."""
+"""A new shard takes a few seconds from its start to its first answer; on a machine that others use, this at
+most."""
 
 
 class Arrivals:
-    """When text came: of any stream, and for the first time of each."""
+    """The times at which text came: in any stream, and for the first time in each."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -61,7 +62,7 @@ async def _stream(server: Server, index: int, arrivals: Arrivals) -> str:
 async def _streams(
     server: Server, *, kill: Sequence[int] = (), number: signal.Signals = signal.SIGKILL
 ) -> tuple[list[str | BaseException], float]:
-    """The texts of all streams, and how long none had any at most.
+    """Return the texts of all streams, and the longest time in which none had any.
 
     kill: processes that are sent the signal once every stream has had text and none has ended.
     """

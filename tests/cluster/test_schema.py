@@ -1,4 +1,4 @@
-"""Whatever is asked of a server that runs, it answers in time and as its schema says, and goes on serving."""
+"""A running server answers whatever it is asked in time and as its schema says, and goes on serving."""
 
 import httpx
 import pytest
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ANSWER_S = 30
 DESCRIBED = ingress_over(FakeEngine([])).openapi()
-"""pytest wants to know the operations before there is a server."""
+"""The schema of the endpoint; pytest wants to know the operations before there is a server."""
 
 schema = schemathesis.openapi.from_dict(DESCRIBED)
 

@@ -1,4 +1,4 @@
-"""`sparkmoe serve` as a person starts and stops it."""
+"""Tests of `sparkmoe serve` as a person starts and stops it."""
 
 import os
 import signal

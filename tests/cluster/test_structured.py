@@ -1,4 +1,4 @@
-"""Whatever schema is asked for, the answer is of it, however silly its content."""
+"""An answer keeps to whatever schema is asked for, however silly its content."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Ray's own commands and the same file on a cluster of three nodes (three raylets on this machine)."""
+"""Tests of Ray's own commands and the same file on a cluster of three nodes (three raylets on this machine)."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ NUM_TOKENS = 48
 
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Three nodes and the address that `serve deploy` takes."""
+    """Start three nodes and yield the address that `serve deploy` takes."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # where Serve's workers find deploy/
@@ -71,7 +71,7 @@ class Deployed:
         self.url = checked.url
 
     def deploy(self, *, shards: int) -> None:
-        """Returns when so many shards serve."""
+        """Hand the file in with so many shards and return when they serve."""
         self.hand_in(shards=shards)
         eventually(lambda: self._ready_with(shards), what=f"{shards} shards are ready", timeout_s=120)
 
@@ -115,7 +115,8 @@ def deployed(dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> Deploy
 
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
-    """What transformers' own model answers; nowhere does it all but toss a coin, so there is no other exact answer."""
+    """Return what transformers' own model answers; nowhere does it all but toss a coin, so there is no other
+    exact answer."""
     tokenizer = Tokenizer(DEMO_MODEL)
     answers = Oracle(DEMO_MODEL).generate([tokenizer.encode(prompt) for prompt in PROMPTS], NUM_TOKENS)
     assert all(min(answer.margins) > NEAR_TIE for answer in answers)

@@ -62,7 +62,8 @@ def main() -> None:
 
 
 def matrices() -> dict[str, Tensor]:
-    """Two rows of ties land exactly on E2M1's midpoints, because scale_2 and every block scale are powers of two."""
+    """Two rows of ties land exactly on E2M1's midpoints, because scale_2 and every block scale are powers of
+    two."""
     midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
     dead = torch.randn(3, 32)
     dead[0, 16:32] = 0

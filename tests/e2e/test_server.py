@@ -21,7 +21,7 @@ IN_FLOAT32 = ("router.dtype=float32", "fabric.wire_dtype=float32")
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    """What transformers' own model answers, which nowhere all but tosses a coin between two tokens."""
+    """Return what transformers' own model answers, which nowhere all but tosses a coin between two tokens."""
     tokenizer = Tokenizer(DEMO_MODEL)
     [answer] = Oracle(DEMO_MODEL).generate([tokenizer.encode(PROMPT)], NUM_TOKENS)
     assert min(answer.margins) > NEAR_TIE

@@ -1,4 +1,5 @@
-"""Attention on a GPU, by our kernels, against dense attention in float32: prompts, decoding, both, on any cache."""
+"""Attention on a GPU, by our kernels, against dense attention in float32: prompts, decoding, both, on any
+cache."""
 
 import random
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 LENGTHS = [1, 2, 33, 64, 129, 300, 700, 1500]
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Of the norm of the difference, relative to the norm."""
+"""The largest norm of the difference, relative to the norm."""
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "FP8"])

@@ -41,7 +41,7 @@ SCALES = [1.0, 2.0**-6, 0.00372, 1.7e-5, 117.0]
 
 
 class Fp4(NamedTuple):
-    """packed: uint8 [R, K / 2]; scale: e4m3 bits as uint8, [R, G] or swizzled and flat."""
+    """A matrix in FP4. packed: uint8 [R, K / 2]; scale: e4m3 bits as uint8, [R, G] or swizzled and flat."""
 
     packed: Tensor
     scale: Tensor
@@ -49,7 +49,7 @@ class Fp4(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """flashinfer.fp4_quantize works on this GPU."""
+    """Return whether flashinfer.fp4_quantize works on this GPU."""
     from flashinfer.quantization import fp4_quantization
 
     capability = torch.cuda.get_device_capability()
@@ -65,7 +65,7 @@ def kernel_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def lifted_spec(csrc: Path) -> Any:
-    """What builds FlashInfer's quantisation for SM90, from sources in this folder."""
+    """Return the spec that builds FlashInfer's quantisation for SM90 from sources in this folder."""
     from flashinfer.jit import env
     from flashinfer.jit.core import sm90a_nvcc_flags
     from flashinfer.quantization.fp4_quantization import gen_fp4_quantization_module
@@ -81,7 +81,8 @@ def lifted_spec(csrc: Path) -> Any:
 
 
 def lifted(source: str) -> str:
-    """Guards of SM100 lowered to SM90, but before the conversions from E2M1, which are not used here."""
+    """Return the source with guards of SM100 lowered to SM90, but before the conversions from E2M1, which are
+    not used here."""
     source = re.sub(r"\(__CUDA_ARCH__ >= 1000\)(?!\n  asm)", "(__CUDA_ARCH__ >= 900)", source)
     rounding = r'asm volatile\(\s*"\{\\n"\s*"\.reg \.b8 byte0;.*?\);\n  return val;'
     return re.sub(rounding, _ROUNDING, source, flags=re.DOTALL).replace(
@@ -97,7 +98,7 @@ _ROUNDING = """for (int i = 0; i < int(sizeof(val)); ++i) {
 
 
 def theirs(x_RK: Tensor, scale: float, *, swizzled: bool) -> Fp4:
-    """They take the multiplier's reciprocal."""
+    """Quantise with FlashInfer, which takes the multiplier's reciprocal."""
     inverse = torch.tensor([scale], device=GPU).reciprocal()
     return Fp4(*flashinfer.fp4_quantize(x_RK, inverse, is_sf_swizzled_layout=swizzled))
 
@@ -109,7 +110,7 @@ def ours(x_RK: Tensor, scale: float) -> Fp4:
 
 
 def inputs(kind: str, num_rows: int, num_cols: int, scale: float) -> Tensor:
-    """bfloat16 [R, K]."""
+    """Return random bfloat16 inputs [R, K]."""
     x_RK = torch.randn(num_rows, num_cols, device=GPU) * 100 * scale
     if kind == "outliers":  # some blocks saturate, others vanish
         x_RK *= 10 ** torch.empty(num_rows, num_cols // GROUP, 1, device=GPU).uniform_(-7, 4).expand(

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu
 
 NUM_TOKENS = 100
 FUSED = {"qwen3_moe": {"self_attn", "mlp.gate"}, "mixtral": {"self_attn", "mlp.gate"}}
-"""Modules of a layer besides the layer itself, which is fused in every family."""
+"""The modules of a layer besides the layer itself, which is fused in every family."""
 
 LENGTHS = (3, 16, 17, 64, 150, 480)
 GPU = torch.device("cuda")
@@ -58,7 +58,7 @@ class HostedTcp(TcpFabric):
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """float32 products in float32, not TF32."""
+    """Compute float32 products in float32, not TF32."""
     with ExitStack() as stack:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

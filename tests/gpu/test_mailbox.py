@@ -157,9 +157,8 @@ def test_every_layer_is_the_sum_in_rank_order(router: str, shards: list[str], dt
             torch.cuda.synchronize()
             ids_LTK[:, rows:] = EMPTY
             for position in range(LAYERS):
-                truth_TD = truth_of(
-                    *(each[position] for each in (x_LTD, ids_LTK, w_LTK, own_LTD)), len(shards)
-                )
+                layer = (x_LTD[position], ids_LTK[position], w_LTK[position], own_LTD[position])
+                truth_TD = truth_of(*layer, len(shards))
                 assert torch.equal(out_LTD[position, :rows], truth_TD[:rows])
             assert out_LTD.isfinite().all(), "rows that are not real are written, too"
 

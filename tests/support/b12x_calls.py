@@ -8,11 +8,11 @@ from torch import Tensor
 from experts.backends.b12x.backend import B12xBackend
 
 Arguments = dict[str, Tensor]
-"""Of ExpertBackend.forward: x_TD, local_TK, w_TK, out_TD."""
+"""The tensors that ExpertBackend.forward takes: x_TD, local_TK, w_TK, out_TD."""
 
 
 def arguments_of(num_tokens: int, *, hidden: int, top_k: int, num_slots: int) -> Arguments:
-    """Every expert in turn, and now and then none."""
+    """Return a right call's arguments: the experts of all slots in turn, and now and then none."""
     ids_TK = torch.arange(num_tokens * top_k, dtype=torch.int32).view(num_tokens, top_k)
     return {
         "x_TD": torch.zeros(num_tokens, hidden, dtype=torch.bfloat16),

@@ -43,7 +43,7 @@ _DEADLINE_S = 60
 
 
 class Model(NamedTuple):
-    """One MoE layer's sizes."""
+    """The sizes of one MoE layer."""
 
     experts: int
     hidden: int
@@ -60,12 +60,12 @@ MODELS = {
     "Qwen3-Coder-480B": Model(160, 6144, 2560, 8),
     "Qwen3-Next-80B": Model(512, 2048, 512, 10),
 }
-"""The last is known to crash in other servers."""
+"""The layers whose kernels are compiled. The last model is known to crash in other servers."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one shard does: of so many equal ones, rounded up. tokens: rows of the calls.
+    """The calls that one shard of `ranks` equal ones makes, its experts rounded up. tokens: rows of the calls.
 
     mistakes: make those, too. sass: count spills.
     """
@@ -93,7 +93,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """mma: instructions of MMA. spills: instructions that write or read local memory, None if nobody asked."""
+    """A compiled kernel.
+
+    mma: how many instructions of MMA it has. spills: how many that write or read local memory, None if nobody
+    asked.
+    """
 
     name: str
     seconds: float
@@ -105,7 +109,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Findings:
-    """By the number of tokens: the kernels that are launched, and what the library says: ACCEPTED, or a complaint."""
+    """What was found for each number of tokens: the kernels that are launched, and what the library says:
+    ACCEPTED, or a complaint."""
 
     kernels: list[Kernel]
     launches: dict[int, tuple[str, ...]]
@@ -114,14 +119,14 @@ class Findings:
 
 
 def pool() -> ProcessPoolExecutor:
-    """Of processes that examine a case each, as many at a time as there are cores."""
+    """Return a pool of processes that examine a case each, as many at a time as there are cores."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "tests.support.b12x_imports"])
     return ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1)
 
 
 def examine(case: Case) -> Findings:
-    """Compile what the case needs and, unless it is W4A16, call it. Once per process."""
+    """Compile what the case needs and, unless it is W4A16, call it. A process may do so once."""
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(case, Path(folder))
         backend = backend_of(case)
@@ -140,7 +145,7 @@ def examine(case: Case) -> Findings:
 
 
 def verdicts_on_mistakes(compiler: "Compiler", backend: B12xBackend, right: Arguments) -> dict[str, str]:
-    """What the library says to each of MISTAKES, past our own check."""
+    """Return what the library says to each of MISTAKES once our own check is passed by."""
     buffers = backend._buffers_for(right["local_TK"].shape[1])
     verdicts = {}
     for name, mistake in MISTAKES.items():
@@ -169,7 +174,7 @@ class Compiler:
             pretend_w4a16(setattr, self._compile_w4a16, arch=case.arch)
 
     def launched(self) -> tuple[str, ...]:
-        """Names of the kernels since the last time."""
+        """Return the names of the kernels that were launched since the last call."""
         names, self._launched = tuple(self._launched), []
         return names
 
@@ -209,7 +214,7 @@ class Compiler:
         return launch
 
     def _kernel(self, name: str, seconds: float) -> Kernel:
-        """Of the files that the compiler has left, which go."""
+        """Describe the kernel by the files that the compiler has left, and remove them."""
         left = {".ptx": b"", ".cubin": b"", ".sass": b""}
         for file in self._folder.rglob("*.*"):
             left[file.suffix] += file.read_bytes()
@@ -227,13 +232,16 @@ class Compiler:
 
 
 def registers_of(cubin: bytes) -> int:
-    """Of the largest kernel. An attribute of .nv.info is: format 4, a code, size 8, two 32-bit numbers: symbol, value."""
+    """Return how many registers the largest kernel takes.
+
+    An attribute of .nv.info is: format 4, a code, size 8, two 32-bit numbers: symbol, value.
+    """
     found = re.finditer(rb"\x04" + re.escape(_REGCOUNT) + rb"\x08\x00....(....)", cubin, re.DOTALL)
     return max((int.from_bytes(one[1], "little") for one in found if one[1][2:] == b"\0\0"), default=0)
 
 
 def in_fork(act: Callable[[], str]) -> str:
-    """What act returns, in a process that ends with it."""
+    """Return what `act` returns in a forked process, which ends with it."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,5 @@
-"""What a process that compiles b12x kernels has done before it is forked, seconds' worth."""
+"""The imports that a process needs to compile b12x kernels: they take seconds, so it does them before it is
+forked."""
 
 import contextlib
 import gc
@@ -24,6 +25,7 @@ with contextlib.suppress(TypeError):
 
 
 def compile_for(arch: str, folder: Path, *, sass: bool) -> None:
-    """From now on, and leave PTX, cubins and, which takes half a second each, SASS in the folder."""
+    """Make the compiler compile for `arch` from now on, and leave PTX, cubins and, which takes half a second
+    each, SASS in the folder."""
     settings = CuTeDSL._get_dsl().envar
     settings.arch, settings.dump_dir, settings.keep_sass = arch, str(folder), sass

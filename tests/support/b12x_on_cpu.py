@@ -11,14 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 Patch = Callable[[Any, str, Any], None]
-"""setattr, or a monkeypatch's."""
+"""A function that sets an attribute: setattr, or a monkeypatch's."""
 
 NUM_SMS = {"sm_121a": 48, "sm_120a": 188}
-"""Of a DGX Spark, and of an RTX PRO 6000. FlashInfer chooses kernels by it."""
+"""How many SMs a DGX Spark has, and an RTX PRO 6000. FlashInfer chooses kernels by it."""
 
 
 SHARED_MEMORY, SHARED_MEMORY_OF_SM = 101_376, 102_400
-"""Bytes that a block may have on an SM12x, and all its blocks."""
+"""How many bytes of shared memory a block may have on an SM12x, and all blocks of an SM."""
 
 
 class _Cuda13:
@@ -26,7 +26,10 @@ class _Cuda13:
 
 
 def pretend_sm12x(patch: Patch, *, arch: str = "sm_121a") -> Any:
-    """Returns the library's moe_dispatch module. Kernels compile for arch if nothing has imported cutlass yet."""
+    """Make FlashInfer believe in an SM12x and return its moe_dispatch module.
+
+    Kernels compile for arch if nothing has imported cutlass yet.
+    """
     num_sms = NUM_SMS[arch]
     os.environ.setdefault("CUTE_DSL_ARCH", arch)
     os.environ.setdefault("FLASHINFER_CUTE_DSL_DISABLE_CACHE", "1")
@@ -48,7 +51,7 @@ def pretend_sm12x(patch: Patch, *, arch: str = "sm_121a") -> Any:
 
 
 def pretend_w4a16(patch: Patch, compile_kernel: Callable[..., Any], *, arch: str) -> None:
-    """After pretend_sm12x(). compile_kernel: in the place of cute.compile. Triton's kernels, which sort the routes, do
+    """Make the kernels for bfloat16 activations believe in a GPU, too; pretend_sm12x() comes first. compile_kernel: in the place of cute.compile. Triton's kernels, which sort the routes, do
     nothing.
     """
     import torch
@@ -71,7 +74,7 @@ def pretend_w4a16(patch: Patch, compile_kernel: Callable[..., Any], *, arch: str
 
 
 class Recorder:
-    """Stands in for the compiler. launches: (kernel's name, the arguments that it would be called with)."""
+    """A stand-in for the compiler. launches: (kernel's name, the arguments that it would be called with)."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, tuple[Any, ...]]] = []

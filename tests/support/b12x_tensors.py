@@ -30,7 +30,7 @@ class _Capsule:
 
 
 def as_cuda(tensor: Tensor) -> Any:
-    """The tensor as the kernel's checks see it. Its data must not be touched."""
+    """Return the tensor as the kernel's checks see it. Its data must not be touched."""
     import tvm_ffi
 
     pointer = ctypes.pythonapi.PyCapsule_GetPointer

@@ -1,4 +1,5 @@
-"""Tiny checkpoints for tests: ModelOpt's own (tests/data/modelopt), and the same weights in every other layout."""
+"""Tiny checkpoints for tests: ModelOpt's own (tests/data/modelopt), and the same weights in every other
+layout."""
 
 import json
 import shutil
@@ -16,11 +17,11 @@ from tests.support.places import ROOT
 
 FIXTURES = ROOT / "tests" / "data" / "modelopt"
 DENSE = FIXTURES / "source"
-"""Qwen3-MoE in BF16: layer 0 is dense, 1 and 2 have 2 experts; hidden 16, intermediate 32."""
+"""A Qwen3-MoE in BF16: layer 0 is dense, 1 and 2 have 2 experts; hidden 16, intermediate 32."""
 EXPERTS_ONLY = FIXTURES / "experts-only"
-"""DENSE with its experts quantised by ModelOpt."""
+"""The checkpoint DENSE with its experts quantised by ModelOpt."""
 WHOLE = FIXTURES / "whole"
-"""DENSE with experts and attention quantised by ModelOpt, and scales for an FP8 KV cache."""
+"""The checkpoint DENSE with experts and attention quantised by ModelOpt, and scales for an FP8 KV cache."""
 
 Tensors = dict[str, Tensor]
 
@@ -31,7 +32,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def rewrite(src: Path, dst: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """A copy of a checkpoint, with other tensors; config and tokenizer files as they are."""
+    """Write a copy of a checkpoint with changed tensors; config and tokenizer files stay as they are."""
     dst.mkdir(parents=True)
     for file in src.iterdir():
         if file.suffix != ".safetensors" and file.name != INDEX:
@@ -51,7 +52,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def write_modelopt(path: Path, *, num_layers: int, num_experts: int, hidden: int, intermediate: int) -> Path:
-    """Experts of random bytes, and nothing else."""
+    """Write a checkpoint in ModelOpt's layout that has experts of random bytes, and nothing else."""
     path.mkdir(parents=True)
     random = torch.Generator().manual_seed(0)
     tensors: Tensors = {}
@@ -75,7 +76,7 @@ def write_modelopt(path: Path, *, num_layers: int, num_experts: int, hidden: int
 
 
 def write_simple_scales(src: Path, dst: Path) -> Path:
-    """ModelOpt per expert again, but with multipliers that every layout can store exactly.
+    """Write ModelOpt's per-expert layout again, but with multipliers that every layout can store exactly.
 
     That is, one power of two per layer and matrix: 3-D layouts have one per layer, and the reciprocal is exact.
     """
@@ -91,7 +92,7 @@ def write_simple_scales(src: Path, dst: Path) -> Path:
 
 
 def write_mixtral_names(src: Path, dst: Path) -> Path:
-    """ModelOpt per expert, called as Mixtral and MiniMax call them."""
+    """Write ModelOpt's per-expert layout with the names that Mixtral and MiniMax give their experts."""
     words = {
         ".mlp.experts.": ".block_sparse_moe.experts.",
         "gate_proj": "w1",
@@ -109,7 +110,7 @@ def write_mixtral_names(src: Path, dst: Path) -> Path:
 
 
 def write_compressed_tensors(src: Path, dst: Path) -> Path:
-    """From ModelOpt's per-expert layout to nvfp4-pack-quantized, as llm-compressor writes it."""
+    """Convert ModelOpt's per-expert layout to nvfp4-pack-quantized, as llm-compressor writes it."""
 
     def converted(tensors: Tensors) -> Tensors:
         out: Tensors = {}
@@ -140,7 +141,7 @@ def write_compressed_tensors(src: Path, dst: Path) -> Path:
 
 
 def write_modelopt_3d(src: Path, dst: Path, *, k_first: bool) -> Path:
-    """From ModelOpt's per-expert layout to stacked experts, [E, in, out] if K-first, else [E, out, in].
+    """Convert ModelOpt's per-expert layout to stacked experts, [E, in, out] if K-first, else [E, out, in].
 
     The experts of a layer must share their multipliers (write_simple_scales).
     """
@@ -155,7 +156,7 @@ def write_modelopt_3d(src: Path, dst: Path, *, k_first: bool) -> Path:
 
 
 def write_dense_3d(src: Path, dst: Path) -> Path:
-    """From BF16 experts to the stacked ones of transformers 5: [E, 2I, H] with gate first, and [E, H, I]."""
+    """Convert BF16 experts to the stacked ones of transformers 5: [E, 2I, H] with gate first, and [E, H, I]."""
     return rewrite(src, dst, lambda tensors: _stack(tensors, torch.stack))
 
 

@@ -1,4 +1,4 @@
-"""deploy/grafana/sparkmoe.json, as tests look at it."""
+"""The Grafana dashboard deploy/grafana/sparkmoe.json, as tests look at it."""
 
 import json
 import re
@@ -18,5 +18,6 @@ def expressions() -> list[str]:
 
 
 def metrics_shown() -> set[str]:
-    """As Prometheus knows them: with Ray's prefix, and a histogram's `_bucket`."""
+    """Return the names of the metrics that the dashboard shows, as Prometheus knows them: with Ray's prefix,
+    and a histogram's `_bucket`."""
     return {name for expression in expressions() for name in re.findall(r"ray_\w+", expression)}

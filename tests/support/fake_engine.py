@@ -1,9 +1,11 @@
-"""What the ingress's tests put around it: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
+"""The surroundings of an ingress under test: a scripted engine and a tokenizer whose tokens are UTF-8 bytes."""
 
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import httpx
@@ -27,12 +29,13 @@ Step = RequestOutput | Exception | float | None
 """What an engine does next: put out, fail, pause for so many seconds, or (None) wait until it is cancelled."""
 
 
+@dataclass(frozen=True)
 class ByteTokenizer:
-    """Renders a chat as <tools>[...]<role>content, calls in JSON behind the content, and `tail` at the end."""
+    """A tokenizer that renders a chat as <tools>[...]<role>content, calls in JSON behind the content, and
+    `tail` at the end."""
 
-    def __init__(self, chat_template: str = "", *, tail: str = "") -> None:
-        self.chat_template = chat_template
-        self._tail = tail
+    chat_template: str = ""
+    tail: str = field(default="", kw_only=True)
 
     def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -51,7 +54,7 @@ class ByteTokenizer:
         if messages[-1]["content"] == "refuse":
             raise ValueError("the chat template failed: no")
         offered = f"<tools>{json.dumps(tools)}" if tools else ""
-        return offered + "".join(map(_rendered, messages)) + self._tail
+        return offered + "".join(map(_rendered, messages)) + self.tail
 
     def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str:
         return bytes(token_ids).decode(errors="replace")
@@ -72,7 +75,7 @@ def _rendered(message: Mapping[str, Any]) -> str:
 
 
 class FakeEngine:
-    """Plays the script for every request. running: ids of the requests that hold a slot."""
+    """An engine that plays its script for every request. running: ids of the requests that hold a slot."""
 
     def __init__(self, script: Sequence[Step] | Callable[[Request], Sequence[Step]]) -> None:
         self._script = script if callable(script) else lambda request: script
@@ -116,7 +119,7 @@ class FakeEngine:
 
 
 def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = False) -> list[Step]:
-    """Outputs with these texts, a token for each byte; the last one finishes."""
+    """Return a script of outputs with these texts, a token for each byte; the last one finishes."""
     return [
         RequestOutput(
             id="",
@@ -132,13 +135,63 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
 _BYTES = ByteTokenizer()
 
 
+_engine: ContextVar[EngineClient] = ContextVar("engine")
+
+
+class _EngineOfTheRequest:
+    """The engine that the ingress of the current request was made with."""
+
+    def limits(self) -> Limits:
+        return _engine.get().limits()
+
+    def check_room(self) -> None:
+        _engine.get().check_room()
+
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        return _engine.get().generate(request)
+
+    async def ready(self) -> Readiness:
+        return await _engine.get().ready()
+
+
+@dataclass(frozen=True)
+class FakeIngress:
+    """An ASGI application, the real one around an engine.
+
+    Building it takes 40 ms, so engines share those that are alike.
+    """
+
+    app: FastAPI
+    engine: EngineClient
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        before = _engine.set(self.engine)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _engine.reset(before)
+
+    def openapi(self) -> dict[str, Any]:
+        return self.app.openapi()
+
+
 def ingress_over(
     engine: EngineClient, tokenizer: ByteTokenizer = _BYTES, *, config: ApiConfig = PLAIN
-) -> FastAPI:
-    return build_ingress(client=engine, tokenizer=tokenizer, model=MODEL, config=config)
+) -> FakeIngress:
+    app = _plain(tokenizer) if config is PLAIN else _built(tokenizer, config)
+    return FakeIngress(app, engine)
 
 
-def http_client(app: FastAPI) -> httpx.AsyncClient:
+def _built(tokenizer: ByteTokenizer, config: ApiConfig) -> FastAPI:
+    return build_ingress(client=_EngineOfTheRequest(), tokenizer=tokenizer, model=MODEL, config=config)
+
+
+@cache
+def _plain(tokenizer: ByteTokenizer) -> FastAPI:
+    return _built(tokenizer, PLAIN)
+
+
+def http_client(app: FakeIngress) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
@@ -149,7 +202,7 @@ def client_of(engine: EngineClient, tokenizer: ByteTokenizer = _BYTES) -> openai
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error, after checking that it has OpenAI's shape."""
+    """Return the error of a response, after checking that it has OpenAI's shape."""
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert response.headers["content-type"] == "application/json"

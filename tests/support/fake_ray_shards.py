@@ -33,7 +33,8 @@ def fleet_spec(*, num_shards: int = 2, checkpoint: Path = DEMO_MODEL, gpus: floa
 
 
 class Proxy:
-    """`proxy.method.remote(...)` as with Ray's: calls a dead actor did not answer raise RayActorError."""
+    """A stand-in for Ray's handle of an actor, called as `proxy.method.remote(...)`; calls that a dead actor
+    did not answer raise RayActorError."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -67,7 +68,7 @@ class _Method:
 
 
 class FakeShardActor:
-    """See ShardActor."""
+    """A stand-in for ShardActor that loads nothing."""
 
     def __init__(self, world: "FakeRayShards", spec: FleetSpec, rank: int, name: str, node: str) -> None:
         self._world, self._spec, self._rank, self._name, self._node = world, spec, rank, name, node
@@ -107,13 +108,13 @@ class FakeShardActor:
 
 
 class FakeRayShards(RayShards):
-    """handles: by name, of the shards that live. started: the names of all that were ever started.
+    """RayShards without Ray. handles: by name, of the shards that live. started: the names of all that were ever started.
 
     may_start, may_load: cleared, Ray starts no process and no process gets its experts. at_load: may raise.
     """
 
     def __init__(self, *, gpus: Mapping[str, float] | None = None) -> None:
-        """gpus: by node, and they stay free in Ray's numbers whoever takes them."""
+        """Create a cluster. gpus: by node; they stay free in Ray's numbers whoever takes them."""
         self.handles: dict[str, Any] = {}
         self.started: list[str] = []
         self.ports = itertools.count(1000)
@@ -152,13 +153,13 @@ class FakeRayShards(RayShards):
         self.exited.set()
 
     def kill_all(self) -> None:
-        """As if every node lost its power."""
+        """Kill every shard, as if every node lost its power."""
         for handle in list(self.handles.values()):
             self.kill(handle)
 
 
 def kill_fleet(fleet: Fleet) -> None:
-    """It does nothing any more, and its shards know nothing of that."""
+    """Stop all that a Fleet does; its shards know nothing of that."""
     fleet._watchdog.cancel()
     for keeper in fleet._keepers.values():
         keeper._task.cancel()

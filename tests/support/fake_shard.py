@@ -1,4 +1,7 @@
-"""A shard without experts, for tests of the wire, and what it takes to reach it. T tokens, D hidden, K top-k."""
+"""A shard without experts, for tests of the wire, and what it takes to reach it.
+
+T tokens, D hidden, K top-k.
+"""
 
 import socket
 import threading
@@ -24,7 +27,7 @@ TOKEN = b"a secret between these tests"
 
 
 class FakeShard:
-    """Expert e multiplies x by e + layer; rank r has the experts with e % num_ranks == r.
+    """A shard whose expert e multiplies x by e + layer; rank r has the experts with e % num_ranks == r.
 
     trouble: by layer, what to do before the forward of that layer.
     """
@@ -71,7 +74,7 @@ def fake_shards(num_ranks: int, dtype: torch.dtype = torch.float32) -> list[Fake
 
 
 def in_process(shards: Sequence[FakeShard], layer: int, given: LayerInput) -> Tensor:
-    """What a fabric's combine must return: the partial sums, added in float32 in rank order."""
+    """Return what a fabric's combine must return: the partial sums, added in float32 in rank order."""
     sum_TD = torch.zeros(given.x_TD.shape, device=given.x_TD.device)
     for shard in shards:
         partial_TD = torch.empty_like(given.x_TD, dtype=shard.dtype)
@@ -81,7 +84,7 @@ def in_process(shards: Sequence[FakeShard], layer: int, given: LayerInput) -> Te
 
 
 def through(fabric: Fabric, layer: int, given: LayerInput, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same through a fabric."""
+    """Return the combined output of a layer after dispatch and combine through a fabric."""
     out_TD = torch.empty(given.x_TD.shape, dtype=dtype)
     fabric.combine(fabric.dispatch(layer, *given), out_TD)
     return out_TD
@@ -95,12 +98,12 @@ def over_unix(address: ShardAddress) -> ShardAddress:
 
 
 def over_tcp(address: ShardAddress) -> ShardAddress:
-    """As a router on another host sees it."""
+    """Return the address without its Unix socket, as a router on another host sees it."""
     return replace(address, unix="")
 
 
 reach: Reach = over_tcp
-"""How every fabric of a test reaches its shards."""
+"""The way in which every fabric of a test reaches its shards."""
 
 
 def members_of(addresses: Sequence[ShardAddress], *, epoch: int) -> Membership:
@@ -127,7 +130,7 @@ def connected(
     slow_after_s: float = 2.5,
     dead_after_s: float = 5.0,
 ) -> Iterator[TcpFabric]:
-    """In step 0 of epoch 1."""
+    """Yield a fabric that is connected to these shards and has begun step 0 of epoch 1."""
     fabric = tcp_fabric(wire_dtype=wire_dtype, slow_after_s=slow_after_s, dead_after_s=dead_after_s)
     with closing(fabric):
         fabric.connect(members_of(addresses, epoch=1), timeout_s=5)
@@ -140,7 +143,7 @@ def addresses_of(listeners: Sequence[ShardListener]) -> list[ShardAddress]:
 
 
 def address_of(server: socket.socket, *, rank: int, name: str = "nobody") -> ShardAddress:
-    """Of a listening socket that plays a shard."""
+    """Return the address of a listening socket that plays a shard."""
     return ShardAddress(rank, "127.0.0.1", server.getsockname()[1], name=name, pid=0, token=TOKEN)
 
 
@@ -162,7 +165,8 @@ def threads_of_links() -> set[str]:
 
 
 def serve_in_process(rank: int, num_ranks: int, parent: Connection) -> None:
-    """For tests.processes: sends its address, serves until the pipe ends."""
+    """Send the address of a fake shard through the pipe and serve until the pipe ends; runs in a process of
+    tests.support.processes."""
     with listening([FakeShard(rank, num_ranks=num_ranks)], incarnation="process") as (listener,):
         parent.send(listener.address)
         parent.poll(None)

@@ -1,4 +1,5 @@
-"""A tiny random model of every supported family, with all that its family has: dense layers, shared experts, biases."""
+"""A tiny random model of every supported family, with all that its family has: dense layers, shared experts,
+biases."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def config_of(family: str) -> PreTrainedConfig:
 
 
 def write_dense(family: str, path: Path) -> Path:
-    """A BF16 checkpoint as transformers saves it. Its tokens are bytes."""
+    """Write a BF16 checkpoint as transformers saves it. Its tokens are bytes."""
     model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
@@ -88,7 +89,7 @@ def write_dense(family: str, path: Path) -> Path:
 
 
 def write_nvfp4(family: str, path: Path) -> Path:
-    """write_dense, its experts quantised: ModelOpt's layout."""
+    """Write the checkpoint of write_dense with its experts quantised, in ModelOpt's layout."""
     dense = write_dense(family, path.with_name(f"{path.name}-dense"))
     with ExpertCheckpoint(dense) as checkpoint:
         amax = dict.fromkeys(checkpoint.shape.moe_layers, (6.0, 6.0))
@@ -105,7 +106,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights that keep activations near 1, so that logits differ by much more than rounding does."""
+    """Draw weights that keep activations near 1, so that logits differ by much more than rounding does."""
     noise = torch.randn(tensor.shape, generator=generator)
     if "norm" in name:
         return 1 + 0.2 * noise

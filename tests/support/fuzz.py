@@ -17,22 +17,26 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-"""Whether a refusal was right is for other tests: a body can be of the schema and its prompt be too long."""
+"""The checks of an answer. Whether a refusal was right is for other tests: a body can be of the schema and its
+prompt be too long."""
 
 MAX_TOKENS = 4
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-"""What hypothesis complains about when a machine is busy."""
+"""The health checks that fail when a machine is busy."""
 
 
 def check(case: schemathesis.Case, *, url: str | None = None, timeout_s: float) -> None:
-    """Asks for a short answer to a case: it must come in time and be one that the schema has. url: None for an app."""
+    """Ask for a short answer to a case: it must come in time and be one that the schema has.
+
+    url: None for an app.
+    """
     case.body = shortened(case.body)
     case.call_and_validate(base_url=url, checks=CHECKS, timeout=timeout_s)
 
 
 def shortened(body: Any) -> Any:
-    """A body whose answer has an end: max_tokens of MAX_TOKENS unless it is nonsense anyway."""
+    """Return a body whose answer has an end: max_tokens of MAX_TOKENS unless it is nonsense anyway."""
     if not isinstance(body, dict):
         return body
     limits = {

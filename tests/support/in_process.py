@@ -27,12 +27,13 @@ from router.text.tokenizer import Tokenizer, eos_token_ids
 
 CPU = torch.device("cpu")
 SMALL_KV = 2**26
-"""Bytes, where a test does not say: a pool that is checked at every step had better not be large."""
+"""The KV cache's bytes where a test does not say: a pool that is checked at every step had better not be
+large."""
 
 
 @dataclass
 class Joined:
-    """All outputs of one request."""
+    """All outputs of one request, joined."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -89,7 +90,7 @@ class CheckedEngine(Engine):
 
 
 class InProcess:
-    """Shards that are lost come back: the engine enters the next epoch with the same ones.
+    """An engine and its shards in this process. Shards that are lost come back: the engine enters the next epoch with the same ones.
 
     at_loss: what else happens, in the engine's thread, before they do.
     """
@@ -125,7 +126,7 @@ class InProcess:
     def run(
         self, requests: Iterable[Request], *, failing: Collection[str] = (), deadline_s: float = 120
     ) -> dict[str, Joined]:
-        """All answers, also those of late requests. The first requests come in one batch.
+        """Run until every request has its answer, late ones included, and return all answers. The first requests come in one batch.
 
         Asserts that the failing ones have errors, and no others, and that in the end every block is free.
         """
@@ -177,7 +178,10 @@ def in_process(
     config: RouterConfig | None = None,
     fabric: Callable[[Sequence[ExpertShard]], Fabric] = LocalFabric,
 ) -> Iterator[InProcess]:
-    """dtype: of trunk, wire and experts."""
+    """Yield an engine over shards of a checkpoint; it is stopped at the end.
+
+    dtype: of trunk, wire and experts.
+    """
     placement = placement_of(path, num_shards)
     shards = shards_of(path, num_shards, backend, dtype, device)
     server = InProcess(
@@ -191,7 +195,7 @@ def in_process(
 
 
 def faulty(shards: Sequence[ExpertShard], *, faults: Sequence[Fault]) -> Fabric:
-    """A fabric for in_process."""
+    """Return a fabric for in_process() that fails as `faults` say."""
     return FaultyFabric(LocalFabric(shards), faults)
 
 

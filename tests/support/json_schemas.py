@@ -10,7 +10,8 @@ WORDS = ("name", "age", "tags", "parent", "is_open", "größe", "a b", "x-1", "c
 
 
 def random_schema(rng: random.Random, *, depth: int = 3) -> Schema:
-    """An object or a list at the top, as people ask for; anything below, nested so deep."""
+    """Return a schema with an object or a list at the top, as people ask for, and anything below, nested at
+    most so deep."""
     return rng.choice((_object, _array))(rng, depth)
 
 

@@ -1,4 +1,4 @@
-"""How much memory tensors take at most while something runs, on a CPU."""
+"""A measure of how much memory tensors take at most while something runs on a CPU."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 def peak_of_tensors(action: Callable[[], Result]) -> tuple[Result, int]:
-    """(result, peak of bytes that torch's CPU allocator held beyond those it held before)."""
+    """Return (result, peak of bytes that torch's CPU allocator held beyond those it held before)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = action()
     now = peak = 0

@@ -23,7 +23,7 @@ NEAR_TIE = 1e-4
 
 @dataclass(frozen=True)
 class Continuation:
-    """margins: by how much each token's logit exceeds the runner-up's."""
+    """The tokens that continue a prompt. margins: by how much each token's logit exceeds the runner-up's."""
 
     tokens: tuple[int, ...]
     margins: tuple[float, ...]
@@ -33,13 +33,14 @@ class Oracle:
     """A model that only tests load: all experts at once, in float32."""
 
     def __init__(self, path: Path, *, replaced: Mapping[str, Tensor] | None = None) -> None:
-        """replaced: tensors that stand in for the checkpoint's."""
+        """Load a checkpoint. replaced: tensors that stand in for the checkpoint's."""
         tensors = dict(trunk_tensors(path)) | dict(_dequantised_experts(path)) | dict(replaced or {})
         self.model: Any = load_model(path, tensors)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Continuation]:
-        """Greedy, by transformers' `generate` in one batch, padded on the left; end tokens do not end it."""
+        """Continue prompts greedily by transformers' `generate`, in one batch padded on the left; end tokens
+        do not end it."""
         longest = max(map(len, prompts))
         padding = [[0] * (longest - len(prompt)) for prompt in prompts]
         made = self.model.generate(
@@ -58,12 +59,12 @@ class Oracle:
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """[T, V]: row t predicts the token after tokens[t]."""
+        """Return logits [T, V]: row t predicts the token after tokens[t]."""
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
 
 
 def load_model(path: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """transformers' model of a checkpoint's config, in float32, from tensors with their names on disk."""
+    """Return transformers' model of a checkpoint's config, in float32, from tensors with their names on disk."""
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     config.__dict__.pop("quantization_config", None)
     family = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
@@ -83,7 +84,7 @@ def load_model(path: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
 
 
 def assert_same_tokens(ours: Sequence[int], theirs: Continuation, *, what: str) -> None:
-    """As far as ours go: equal, or different from a token on which the oracle all but tosses a coin.
+    """Assert that our tokens are the oracle's, or differ only from one on which the oracle all but tosses a coin.
 
     The latter is a warning, which pytest prints.
     """

@@ -72,7 +72,7 @@ class Requests:
         return row
 
     def step(self, chunks: list[Chunk]) -> list[Tensor]:
-        """[count, H, D] for each chunk, in the order given."""
+        """Return the outputs [count, H, D] of each chunk, in the order given."""
         ordered = sorted(chunks, key=lambda chunk: chunk.count > 1)
         self.attention.plan = plan_attention(
             ordered, self.tables, shape=self._shape, dtype=self._dtype, device=self._device
@@ -89,7 +89,8 @@ class Requests:
         return [parts[chunk] for chunk in chunks]
 
     def dense(self, row: int) -> Tensor:
-        """[S, H, D]: the whole request at once, at least in float32, on what the cache keeps of its keys and values."""
+        """Return the outputs [S, H, D] of the whole request at once, at least in float32, on what the cache
+        keeps of its keys and values."""
         q, k, v = self.qkv[row]
         if self._kv_dtype == E4M3:
             k, v = (dequantize(*quantize(x), self._dtype) for x in (k, v))

@@ -1,6 +1,8 @@
 """Processes for tests and benchmarks, each at the other end of a pipe."""
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
@@ -39,6 +41,8 @@ def _first_of(pipe: Connection) -> Any:
 
 def _end(process: BaseProcess, pipe: Connection) -> None:
     pipe.close()
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, signal.SIGCONT)  # a test may have stopped it
     process.join(END_S)
     process.kill()
     process.join(10)

@@ -1,4 +1,4 @@
-"""What the tests of readers share."""
+"""Helpers that feed an answer's text to readers in pieces."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,19 +8,19 @@ from deploy.api.reading.parts import CallArguments, Content, Part, Reader, Reaso
 
 
 def read(reader: Reader, pieces: Iterable[str]) -> list[Part]:
-    """All parts of an answer that comes in pieces."""
+    """Return all parts of an answer that comes in pieces."""
     parts = [part for piece in pieces for part in reader.push(piece)]
     return joined(parts + reader.flush())
 
 
 def cut(text: str, data: st.DataObject) -> list[str]:
-    """Somewhere."""
+    """Cut a text somewhere."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
-    """Neighbours of the same kind as one."""
+    """Join neighbouring parts of the same kind."""
     whole: list[Part] = []
     for part in parts:
         last = whole[-1] if whole else None

@@ -31,7 +31,7 @@ class Server:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def detail(self) -> dict[str, Any]:
-        """What /ready says of the router and its shards."""
+        """Return what /ready says of the router and its shards."""
         return readiness(self.url)[2]
 
     def shard_pids(self) -> dict[int, int]:
@@ -42,7 +42,7 @@ class Server:
 
 
 def eventually(condition: Callable[[], T], *, what: str, timeout_s: float) -> T:
-    """The first true value of the condition; AssertionError naming `what` if the time is up."""
+    """Return the first true value of the condition; raises AssertionError naming `what` if the time is up."""
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends:
         if value := condition():
@@ -55,7 +55,8 @@ def eventually(condition: Callable[[], T], *, what: str, timeout_s: float) -> T:
 def serving(
     *settings: str, config: Path = DEMO_CONFIG, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """`sparkmoe serve` with --set settings on a free port; at the end it is interrupted, and must exit by itself."""
+    """Yield a running `sparkmoe serve` with --set settings on a free port; at the end it is interrupted, and
+    must exit by itself."""
     with server_process(config, settings=settings, environment=environment, start_timeout_s=START_S) as (
         url,
         process,

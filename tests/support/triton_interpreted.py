@@ -82,11 +82,12 @@ def errors_of_calls() -> dict[str, float]:
 
 
 HEADS = ((4, 2, 32, 32), (6, 2, 48, 16), (5, 5, 16, 8))
-"""Query heads, KV heads, their width, features that rotate."""
+"""The shapes of attention: query heads, KV heads, their width, features that rotate."""
 
 
 def errors_of_queries_and_keys() -> dict[str, float]:
-    """Of norms, alone and with the rotary embedding, beside torch's and the loops for a CPU."""
+    """Return the errors of norms, alone and with the rotary embedding, beside torch's and the loops for a
+    CPU."""
     errors = {}
     for heads, kv_heads, head_dim, rotated in HEADS:
         q_THD, k_TGD = torch.randn(9, heads, head_dim), torch.randn(9, kv_heads, head_dim)
@@ -104,24 +105,38 @@ def errors_of_queries_and_keys() -> dict[str, float]:
 
 
 def empty_cache(num_slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
-    """What nobody writes is NaN."""
+    """Return a cache full of NaN, so that it shows if a slot is read that nobody wrote."""
     k_SGD, v_SGD = torch.full((2, num_slots, kv_heads, head_dim), float("nan")).to(dtype)
     scale_SG2 = torch.full((num_slots, kv_heads, 2), float("nan")) if dtype == E4M3 else None
     return LayerCache(k_SGD, v_SGD, scale_SG2)
 
 
+ROWS_BY_KERNEL = 9
+
+
 def write(cache: LayerCache, slot_T: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
-    """What has then been kept of them, as torch has it."""
-    rows.write_cache(k_TGD, v_TGD, slot_T, cache)
+    """Write keys and values to the cache and return what is then kept of them, as torch has it.
+
+    The kernel writes the first rows, each by a program of its own, which takes the interpreter milliseconds; torch the others.
+    """
+    first = slice(ROWS_BY_KERNEL)
+    rows.write_cache(k_TGD[first], v_TGD[first], slot_T[first], cache)
     rows.write_cache(k_TGD[:1], v_TGD[:1], torch.tensor([-1]), cache)  # nowhere
+    rest, others_T = slice(ROWS_BY_KERNEL, None), slot_T[ROWS_BY_KERNEL:]
     if cache.scale_SG2 is None:
+        cache.k_SGD[others_T], cache.v_SGD[others_T] = k_TGD[rest], v_TGD[rest]
         return k_TGD, v_TGD
-    k, v = (fp8.dequantize(*fp8.quantize(x_TGD), torch.float32) for x_TGD in (k_TGD, v_TGD))
-    return k, v
+    kept = []
+    for n, (x_TGD, held_SGD) in enumerate(((k_TGD, cache.k_SGD), (v_TGD, cache.v_SGD))):
+        code_TGD, scale_TG = fp8.quantize(x_TGD)
+        held_SGD.view(torch.uint8)[others_T] = code_TGD[rest].view(torch.uint8)
+        cache.scale_SG2[others_T, :, n] = scale_TG[rest]
+        kept.append(fp8.dequantize(code_TGD, scale_TG, torch.float32))
+    return kept[0], kept[1]
 
 
 def errors_of_attention() -> dict[str, float]:
-    """Of contexts that are written to a cache, beside torch's attention."""
+    """Return the errors of decoding's attention to contexts in a cache, beside torch's attention."""
     errors, lengths, block_size = {}, [1, 5, 70], 4
     for (heads, kv_heads, head_dim, _), dtype in product(HEADS, (torch.float32, E4M3)):
         table_BN = torch.randperm(len(lengths) * 40).reshape(len(lengths), 40)
@@ -140,7 +155,8 @@ def errors_of_attention() -> dict[str, float]:
 
 
 def errors_of_prompts() -> dict[str, float]:
-    """Of chunks that begin their prompt, go on with it, or are one token of it; beside torch's attention."""
+    """Return the errors for chunks that begin their prompt, go on with it, or are one token of it, beside
+    torch's attention."""
     errors, spans, block_size, first = {}, [(0, 75), (130, 40), (64, 1), (7, 2), (63, 65), (0, 1)], 4, 3
     counts = [count for _, count in spans]
     for (heads, kv_heads, head_dim, _), dtype in product((*HEADS, (7, 1, 80, 0)), (torch.float32, E4M3)):
@@ -153,7 +169,10 @@ def errors_of_prompts() -> dict[str, float]:
             contexts.append(
                 write(cache, slot_T, *torch.randn(2, kv_heads, len(slot_T), head_dim).transpose(1, 2))
             )
-        tokens = tokens_per_tile(heads // kv_heads, torch.float32)
+        sized_for = (
+            torch.float32 if dtype == torch.float32 else torch.bfloat16
+        )  # so that tiles of either size run
+        tokens = tokens_per_tile(heads // kv_heads, sized_for)
         tile_X4 = torch.from_numpy(cut_into_tiles(spans, first=first, tokens=tokens))
         before_THD = out_THD[:first].clone()
         prompt_attention(q_THD, cache, PromptTiles(tile_X4, table_PN, tokens), block_size, 0.3, out_THD)
@@ -165,7 +184,7 @@ def errors_of_prompts() -> dict[str, float]:
 
 
 def errors_of_fp8() -> dict[str, float]:
-    """Of what is far from one, and what is not finite."""
+    """Return the errors for values that are far from one, and for those that are not finite."""
     errors = {}
     for size in (1e-20, 1e-3, 1.0, 1e6, float("nan"), float("inf"), 0.0):
         x_TGD = torch.randn(6, 3, 16) * (size if 0 < size < float("inf") else 1)
@@ -199,7 +218,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def errors_of_pairs() -> dict[str, float]:
-    """How many numbers differ from those of the loops for a CPU."""
+    """Return how many numbers differ from those of the loops for a CPU."""
     kernel, loops = PairsInKernel(4, 3, CPU), PairsOnCpu(4, 3, CPU)
     wrong = 0
     for num_tokens in (1, 2, 9):
@@ -211,7 +230,8 @@ def errors_of_pairs() -> dict[str, float]:
 
 
 def error_of_physical_ids(layer: Layer) -> float:
-    """The largest of rows, beside the same call by local slots; infinite if pairs are counted wrongly."""
+    """Return the largest error of a row, beside the same call by local slots; infinite if pairs are counted
+    wrongly."""
     first_slot, experts = 4, random_experts(layer, CPU)
     backend = backend_triton.TritonBackend(layer.shape, layer.num_slots, torch.float32, CPU)
     for slot, expert in enumerate(experts):
@@ -247,7 +267,8 @@ _CONVERT = interpreter._convert_float
 
 
 def convert(values: Any, of: Any, to: Any, rounding: Any) -> Any:
-    """As the interpreter does, but FP8 as GPUs do: it would round towards zero, and know no NaN."""
+    """Convert as the interpreter does, but FP8 as GPUs do: the interpreter would round towards zero, and know
+    no NaN."""
     if tl.float8e4nv not in (of, to):
         return _CONVERT(values, of, to, rounding)
     kept = torch.from_numpy(values.copy())
@@ -283,7 +304,7 @@ def errors_of_products() -> dict[str, float]:
 
 
 def errors_of_layers() -> dict[str, float]:
-    """How many layers are not fused that may be, or are though they do more than add."""
+    """Return how many layers are not fused that may be, or are fused though they do more than add."""
     errors = {}
     for family in FAMILIES:
         for scale in (1.0, 1.5):
@@ -301,7 +322,7 @@ def scaled(forward: Callable[..., torch.Tensor], scale: float) -> Callable[..., 
 
 
 def dequantize(packed: Any, low_scale: Any, high_scale: Any) -> tuple[Any, Any]:
-    """As the kernels' own says: values times scales, too small by 2^8."""
+    """Dequantise as the kernels' own function says: values times scales, too small by 2^8."""
     num_rows, num_bytes = packed.shape
     even, odd = tl.split(tl.reshape(packed.to(tl.int32), (num_rows, num_bytes // 2, 2)))
     pairs = tl.reshape(even | odd << 8, (num_rows, num_bytes // 4, 2))
@@ -315,7 +336,8 @@ def dequantize(packed: Any, low_scale: Any, high_scale: Any) -> tuple[Any, Any]:
 
 
 def _value(pairs: Any, sign: int, high: int, low: int) -> Any:
-    """Of codes whose sign is at one bit, whose largest bit of the magnitude at `high`, and the others from `low` on."""
+    """Return the values of codes whose sign is at one bit, whose largest bit of the magnitude is at `high`,
+    and the others from `low` on."""
     half = (((pairs >> high) & 1) * 4 + ((pairs >> low) & 3)).to(tl.float32) / 2
     value = tl.where(half < 2.5, half, tl.where(half < 3, 3.0, 4 * half - 8))
     return tl.where((pairs >> sign) & 1 == 1, -value, value)

@@ -1,4 +1,4 @@
-"""What the ingress's tests share (see fake_engine), and the fabric's (see fake_shard)."""
+"""Fixtures that the ingress's tests share (see fake_engine), and the fabric's (see fake_shard)."""
 
 from collections.abc import AsyncIterator
 
@@ -16,7 +16,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(params=[fake_shard.over_tcp, fake_shard.over_unix])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fake_shard.Reach:
-    """The test runs over TCP, and once more over the Unix sockets of its shards. Returns which."""
+    """Run the test over TCP, and once more over the Unix sockets of its shards; returns which."""
     monkeypatch.setattr(fake_shard, "reach", request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-"""What the log says of a request, as people and as machines read it."""
+"""Tests of what the log says of a request, as people and as machines read it."""
 
 import asyncio
 import io
@@ -30,7 +30,7 @@ PROMPT = {"model": "demo", "prompt": "abc", "wombat": 1}
 
 @pytest.fixture
 def written() -> Iterator[io.StringIO]:
-    """Lines of JSON, as a process of ours writes them."""
+    """Yield a stream of lines of JSON, as a process of ours writes them."""
     stream = io.StringIO()
     yield from _writing(stream, logs.handler("json", stream))
 

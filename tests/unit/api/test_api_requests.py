@@ -1,4 +1,4 @@
-"""What may stand in a body: which fields are served, refused by name, or ignored and logged."""
+"""Tests of the fields of a body: which are served, refused by name, or ignored and logged."""
 
 import asyncio
 import json

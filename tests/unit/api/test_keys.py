@@ -1,4 +1,4 @@
-"""Who may use the endpoint, while the file of keys changes under it."""
+"""Tests of who may use the endpoint while the file of keys changes under it."""
 
 import logging
 from pathlib import Path

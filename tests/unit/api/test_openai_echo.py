@@ -15,7 +15,7 @@ def scored(token: int) -> TokenLogprob:
 
 
 def engine_of(text: bytes) -> FakeEngine:
-    """Answers a token at a time, the prompt's scores in the first output, as the engine does."""
+    """Return an engine that answers a token at a time, with the prompt's scores in the first output."""
 
     def script(request: Request) -> list[Step]:
         prompt = tuple(map(scored, request.prompt[1:])) if request.params.prompt_logprobs is not None else ()
@@ -41,7 +41,7 @@ def engine_of(text: bytes) -> FakeEngine:
 
 
 async def choices_of(engine: FakeEngine, *, stream: bool, **fields: Any) -> list[dict[str, Any]]:
-    """The choices as plain JSON, streamed ones joined."""
+    """Return the choices as plain JSON, streamed ones joined."""
     completion: Any = await client_of(engine).completions.create(model="demo", stream=stream, **fields)
     if not stream:
         return [choice.model_dump() for choice in completion.choices]

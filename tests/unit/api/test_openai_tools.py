@@ -49,7 +49,7 @@ def engine_of(script: list[Step]) -> FakeEngine:
 
 
 async def answer(engine: FakeEngine, template: str, *, stream: bool, tail: str = "", **fields: Any) -> Any:
-    """The one choice; a streamed one as the client's own accumulator joins it."""
+    """Return the one choice; a streamed one as the client's own accumulator joins it."""
     client = client_of(engine, ByteTokenizer(template, tail=tail))
     asked = {"model": "demo", "messages": ASK, **fields}
     if not stream:
@@ -140,7 +140,7 @@ async def test_a_forced_call_has_a_grammar(
 
 
 def allows(engine: FakeEngine, text: str) -> bool:
-    """Whether the request's grammar does."""
+    """Return whether the request's grammar allows the text."""
     of = engine.requests[-1].params.grammar
     assert of is not None
     matcher = LLMatcher(LLTokenizer("byte"), of, log_level=0)

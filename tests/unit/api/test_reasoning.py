@@ -1,4 +1,4 @@
-"""What a model thinks is told from what it says, however its text is cut."""
+"""A model's thoughts are told from its answer, however its text is cut."""
 
 import re
 
@@ -14,7 +14,7 @@ WORDS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "<", "th", "ink>"
 
 
 def slowly(text: str, *, is_open: bool) -> list[Part]:
-    """The same, over the whole text at once."""
+    """Read the parts from the whole text at once."""
     opened = re.match(r"\n*<think>", text)
     if not opened and not is_open:
         return [Content(text)] if text else []

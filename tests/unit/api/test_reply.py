@@ -59,7 +59,7 @@ def reply(shape: Shape) -> Reply:
 
 
 def streamed(shape: Shape, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
-    """The choice of every event."""
+    """Return the choice of every event."""
     stream = reply(shape)
     events = b"".join(stream.event(0, output) for output in outputs).decode().split("\n\n")
     return [json.loads(event.removeprefix("data: "))["choices"][0] for event in events if event]

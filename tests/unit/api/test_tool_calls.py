@@ -121,7 +121,10 @@ def test_glm(text: str, expected: list[Part]) -> None:
 
 
 def slowly(text: str, call: str, arguments: Callable[[str], str]) -> list[Part]:
-    """What whole, well-formed calls and the text around them say. call: an expression with name and arguments."""
+    """Return what whole, well-formed calls and the text around them say.
+
+    call: an expression with name and arguments.
+    """
     parts: list[Part] = []
     place = 0
     num_calls = 0

@@ -55,7 +55,7 @@ def arguments(num_tokens: int, *, top_k: int = TOP_K) -> Arguments:
 
 
 class CountOperations(TorchDispatchMode):
-    """Every operation of torch that makes or moves data; views are free."""
+    """A count of every operation of torch that makes or moves data; views are free."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -269,7 +269,8 @@ def test_w4a16_keeps_one_copy_which_is_the_librarys_own(recorder: Recorder) -> N
 
 
 def _block_times_global(packed: Any, name: str) -> Tensor:
-    """Exponents and mantissas of the library's own 8-bit scale format, as far as ratios go."""
+    """Return scales from the exponents and mantissas of the library's own 8-bit scale format, as far as
+    ratios go."""
     bits = getattr(packed, f"{name}_scale").view(torch.uint8).flatten(1).int()
     value = torch.ldexp(1 + (bits & 7) / 8, (bits >> 3).float())
     return value * getattr(packed, f"{name}_global_scale").flatten()[:, None]

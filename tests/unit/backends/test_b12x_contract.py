@@ -15,7 +15,7 @@ from tests.support.b12x_contract import ACCEPTED, MODELS, Case, Findings, examin
 
 
 def edges(model: str) -> tuple[int, int]:
-    """Tokens of the static kernel's largest call, and of the dynamic one's smallest."""
+    """Return the tokens of the static kernel's largest call, and of the dynamic one's smallest."""
     largest = STATIC_PAIRS // MODELS[model].top_k
     return largest, largest + 1
 
@@ -47,7 +47,10 @@ DYNAMIC_ACCEPTS = STATIC_ACCEPTS | {
     "short out",
     "strided out",
 }
-"""Of MISTAKES; it passes bare pointers. test_b12x.py shows that we refuse them all."""
+"""The MISTAKES that the dynamic kernel accepts; it passes bare pointers.
+
+test_b12x.py shows that we refuse them all.
+"""
 
 DEADLINE_S = 240
 
@@ -56,7 +59,8 @@ Pending = dict[Case, Future[Findings]]
 
 @pytest.fixture(scope="module")
 def pending(request: pytest.FixtureRequest) -> Iterator[Pending]:
-    """All cases of this run, started at once, as many at a time as there are cores."""
+    """Yield the findings to come of all cases of this run, started at once, as many at a time as there are
+    cores."""
     chosen = [getattr(item, "callspec", None) for item in request.session.items]
     cases = {spec.params["case"] for spec in chosen if spec and isinstance(spec.params.get("case"), Case)}
     with pool() as processes:

@@ -32,7 +32,8 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 
 
 def nearest(value: float, grid: Tensor) -> float:
-    """Ties go to the even index, that is, to the even mantissa; what is beyond the grid to its end."""
+    """Round to the nearest value of a grid: ties go to the even index, that is, to the even mantissa; what is
+    beyond the grid to its end."""
     distances = (grid - abs(value)).abs()
     best = [n for n, distance in enumerate(distances.tolist()) if distance == distances.min()]
     chosen = float(grid[next((n for n in best if n % 2 == 0), best[0])])
@@ -48,7 +49,7 @@ def as_bf16(value: Tensor) -> Tensor:
 
 
 def slow_fp4(row: Tensor, gs: float) -> Tensor:
-    """A row in blocks of 16, one number at a time."""
+    """Quantise a row in blocks of 16, one number at a time."""
     out: list[float] = []
     inverse = as_f32(1 / as_f32(gs))
     for block in row.split(16):
@@ -61,7 +62,8 @@ def slow_fp4(row: Tensor, gs: float) -> Tensor:
 def slow_moe(
     experts: list[ExpertWeights], x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, *, static: bool
 ) -> Tensor:
-    """Exact scales; experts whose gate and up share a multiplier. Static or dynamic, in the order of slots."""
+    """Compute the layer one step at a time, with exact scales, for experts whose gate and up share a
+    multiplier; static or dynamic, in the order of slots."""
     intermediate, hidden = experts[0].down.packed.shape[1] * 2, x_TD.shape[1]
     width = 256 if static else 128
     out_TD = torch.zeros(x_TD.shape)
@@ -95,7 +97,7 @@ def slow_moe(
 
 
 def shared_scale(expert: ExpertWeights) -> ExpertWeights:
-    """gate and up with one multiplier, as the slow reference needs it."""
+    """Return an expert whose gate and up have one multiplier, as the slow reference needs it."""
     up = type(expert.up)(expert.up.packed, expert.up.scale, expert.gate.scale_2)
     return ExpertWeights(expert.gate, up, expert.down, expert.input_scale, expert.down_input_scale)
 
@@ -141,7 +143,8 @@ def forward(backend: B12xEmulatedBackend | ReferenceBackend, case: Call) -> Tens
 
 
 def assert_equal_but_for_float32(ours: Tensor, theirs: Tensor) -> None:
-    """The two add in float32 in different orders, which now and then moves a rounding to the neighbouring value."""
+    """Assert that two outputs are equal: they add in float32 in different orders, which now and then moves a rounding to the neighbouring
+    value."""
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item() + 1e-12)
     differ = ((ours - theirs).abs() > 2**-7 * theirs.abs() + 1e-12).float().mean()
     assert differ < 0.02, differ

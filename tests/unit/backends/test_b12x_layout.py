@@ -35,7 +35,7 @@ def moe_shape(hidden: int, intermediate: int) -> MoEShape:
 
 
 def random_expert(shape: MoEShape, seed: int, *, up_scale: float = 1.0) -> ExpertWeights:
-    """up_scale: of up's weights, so that its scale_2 differs from gate's."""
+    """Draw an expert. up_scale: of up's weights, so that its scale_2 differs from gate's."""
     generator = torch.Generator().manual_seed(seed)
     gate, up, down = (
         quantize(torch.randn(rows, cols, generator=generator) * std)

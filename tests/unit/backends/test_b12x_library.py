@@ -1,4 +1,4 @@
-"""What b12x needs of a machine, and what `auto` stands for."""
+"""Tests of what b12x needs of a machine, and what `auto` stands for."""
 
 from dataclasses import replace
 

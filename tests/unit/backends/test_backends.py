@@ -50,7 +50,7 @@ def make_shard(
     shape: MoEShape = SHAPE,
     expert_of: Callable[[int], ExpertWeights] = weights,
 ) -> ExpertShard:
-    """expert_of: the weights of a logical expert, the same in every layer."""
+    """Return a shard. expert_of: the weights of a logical expert, the same in every layer."""
     shard = ExpertShard(
         shape,
         rank=rank,
@@ -70,21 +70,21 @@ def whole(backend: str, dtype: torch.dtype) -> ExpertShard:
 
 
 def forward(shard: ExpertShard, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor) -> Tensor:
-    """The output buffer is full of NaN before: every row must be written."""
+    """Run a shard's forward into a buffer full of NaN: every row must be written."""
     out_TD = torch.full_like(x_TD, torch.nan)
     shard.forward(LAYER, x_TD, phys_TK, w_TK, out_TD=out_TD)
     return out_TD
 
 
 def assert_near(ours: Tensor, truth: Tensor) -> None:
-    """As near as ours' dtype allows."""
+    """Assert that ours is as near as its dtype allows."""
     rtol, atol = (1e-4, 1e-4) if ours.dtype == torch.float32 else (2e-2, 5e-2)
     torch.testing.assert_close(ours.float(), truth, rtol=rtol, atol=atol)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a gate sends. logical_TK: int32, EMPTY where there is no expert."""
+    """A call as the gate makes it. logical_TK: int32, EMPTY where there is no expert."""
 
     x_TD: Tensor
     logical_TK: Tensor
@@ -215,7 +215,7 @@ def test_no_tokens_are_no_work() -> None:
 
 
 class NoBackend(ExpertBackend):
-    """Computes nothing."""
+    """A backend that computes nothing."""
 
     def write_slot(self, layer: int, slot: int, weights: ExpertWeights) -> None: ...
 
@@ -223,7 +223,7 @@ class NoBackend(ExpertBackend):
 
 
 class Operations(TorchDispatchMode):
-    """names: of the operations that ran."""
+    """A record of torch's operations. names: of those that ran."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whatever the shares, the sum of the shards' bfloat16 outputs is that of one shard which holds every expert.
+"""The sum of the shards' bfloat16 outputs is that of one shard which holds every expert, whatever the shares.
 
 Odd shares, an empty one, and copies of an expert on two shards that take its tokens in turns. T tokens, D hidden,
 K top-k, P physical slots.
@@ -21,7 +21,7 @@ SHAPE = moe_shape(128, 64)
 BACKENDS = ["cpu", "torch", "reference", "b12x-emulated"]
 
 LIMIT = 2**-7
-"""Of a row's norm. Each shard rounds its output to bfloat16 once, by up to 2^-9; beyond 1024 pairs b12x adds the terms
+"""The largest error relative to a row's norm. Each shard rounds its output to bfloat16 once, by up to 2^-9; beyond 1024 pairs b12x adds the terms
 of a shard in bfloat16, 4 of them here."""
 
 SHARES = {
@@ -48,7 +48,7 @@ def placement_of(shares: list[list[int]]) -> ExpertPlacement:
 
 
 def in_turns(logical_TK: Tensor, placement: ExpertPlacement) -> Tensor:
-    """Physical ids: a token's number says which copy of an expert it takes."""
+    """Return physical ids: a token's number says which copy of an expert it takes."""
     slots = [np.flatnonzero(placement.slots_LP[LAYER] == expert).tolist() for expert in range(NUM_EXPERTS)]
     rows = [
         [slots[expert][t % len(slots[expert])] if expert != EMPTY else EMPTY for expert in row]
@@ -58,7 +58,7 @@ def in_turns(logical_TK: Tensor, placement: ExpertPlacement) -> Tensor:
 
 
 def sum_of_shards(backend: str, shares: list[list[int]], logical_TK: Tensor) -> Tensor:
-    """float32, of outputs that were full of NaN before."""
+    """Return the sum in float32 of the shards' outputs, whose buffers were full of NaN before."""
     generator = torch.Generator().manual_seed(1)
     x_TD = torch.randn(len(logical_TK), SHAPE.hidden, generator=generator).bfloat16()
     w_TK = torch.rand(logical_TK.shape, generator=generator)

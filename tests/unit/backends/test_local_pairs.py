@@ -18,7 +18,7 @@ FIRST_SLOT, NUM_SLOTS = 4, 3
 
 @pytest.fixture(params=[PairsOnCpu, PairsOnDevice])
 def pairs(request: pytest.FixtureRequest) -> LocalPairs:
-    """The pairs of a shard that has the slots 4, 5 and 6."""
+    """Return the pairs of a shard that has the slots 4, 5 and 6."""
     return request.param(FIRST_SLOT, NUM_SLOTS, CPU)
 
 

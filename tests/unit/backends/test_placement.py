@@ -11,7 +11,7 @@ from experts.shard import slots_of
 
 @st.composite
 def placements(draw: st.DrawFn) -> tuple[ExpertPlacement, tuple[int, ...], int]:
-    """A placement, the layers with experts, and how many experts each has."""
+    """Draw a placement, the layers with experts, and how many experts each has."""
     num_layers = draw(st.integers(1, 5))
     moe_layers = tuple(sorted(draw(st.sets(st.integers(0, num_layers - 1), min_size=1))))
     num_experts = draw(st.integers(1, 40))

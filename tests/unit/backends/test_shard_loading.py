@@ -1,4 +1,7 @@
-"""A shard from a checkpoint: what was chosen for its kernel, and that it is warm. T tokens, D hidden, K top-k."""
+"""A shard from a checkpoint: what was chosen for its kernel, and that it is warm.
+
+T tokens, D hidden, K top-k.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class NeedsWarmth(ExpertBackend):
-    """did: what it was asked for, in order."""
+    """A backend that wants to be warmed. did: what it was asked for, in order."""
 
     did: ClassVar[list[str]] = []
 

@@ -1,4 +1,5 @@
-"""Backend triton without a GPU: where codes stand, how tiles are chosen, and the kernels in Triton's interpreter."""
+"""Backend triton without a GPU: where codes stand, how tiles are chosen, and the kernels in Triton's
+interpreter."""
 
 import json
 import os

@@ -22,7 +22,8 @@ from tests.support.oracle import load_model
 
 
 class LinearInputs(TorchFunctionMode):
-    """The largest magnitude that enters each product with a weight; all experts of a layer count as one weight."""
+    """A record of the largest magnitude that enters each product with a weight; all experts of a layer count as one
+    weight."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Two whole sequences and a shorter one."""
+    """Return a file of text that makes two whole sequences and a shorter one."""
     file = tmp_path / "text.txt"
     file.write_text(DEFAULT_TEXT.read_text(encoding="utf-8")[: 2 * SEQUENCE_TOKENS + 100], encoding="utf-8")
     return file

@@ -44,12 +44,12 @@ def replaced(name: str, tensor: Tensor) -> Change:
 
 
 def without(*parts: str) -> Change:
-    """No tensor whose name has one of these parts."""
+    """Return a change that leaves out every tensor whose name has one of these parts."""
     return lambda tensors: {name: t for name, t in tensors.items() if not any(part in name for part in parts)}
 
 
 def split(src: Path, dst: Path) -> Path:
-    """The same checkpoint in files of a few kilobytes."""
+    """Write the same checkpoint in files of a few kilobytes."""
     rewrite(src, dst, dict)
     (dst / "model.safetensors").unlink()
     write_tensors(dst, read_tensors(src).items(), file_bytes=4000)

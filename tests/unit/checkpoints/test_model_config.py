@@ -1,4 +1,4 @@
-"""What config.json alone says about a model that we cannot serve, before anything heavy is imported."""
+"""Tests of what config.json alone says about a model that we cannot serve, before anything heavy is imported."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,8 @@ UNKNOWN = "rope scaling 'su' is not supported; supported are default, linear, ya
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    """A directory with the demo model's config.json, changed; without the keys that are changed to ... ."""
+    """Return a directory with the demo model's config.json, changed; keys that are changed to `...` are left
+    out."""
     config = {**json.loads((DEMO_MODEL / "config.json").read_text()), **changes}
     text = json.dumps({key: value for key, value in config.items() if value is not ...})
     (folder / "config.json").write_text(text)

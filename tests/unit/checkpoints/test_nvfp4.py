@@ -24,7 +24,7 @@ magnitudes = st.floats(-6, 4).map(lambda exponent: 10.0**exponent)
 
 
 def random_matrix(seed: int, magnitude: float) -> Tensor:
-    """[8, 64] with rows of quite different magnitudes."""
+    """Return a matrix [8, 64] with rows of quite different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.rand(8, 1, generator=generator) + 0.1
     return torch.randn(8, 64, generator=generator) * rows * magnitude

@@ -30,7 +30,7 @@ NAN_EXPERT = "model.layers.2.mlp.experts.1.up_proj"
 
 
 def assert_same_bytes(a: Path, b: Path) -> None:
-    """Every tensor of two checkpoints, whichever files they are in."""
+    """Assert that every tensor of two checkpoints is the same, whichever files they are in."""
     ours, theirs = read_tensors(a), read_tensors(b)
     assert ours.keys() == theirs.keys()
     for name in theirs:
@@ -161,7 +161,7 @@ def test_refuses_a_source_that_is_quantised(tmp_path: Path) -> None:
 
 def test_refuses_sizes_that_are_not_whole_groups(tmp_path: Path) -> None:
     def narrower(tensors: Tensors) -> Tensors:
-        """Intermediate 24."""
+        """Return a checkpoint whose intermediate size is 24."""
         return {
             name: tensor[:, :24] if "down_proj" in name else tensor[:24] if ".experts." in name else tensor
             for name, tensor in tensors.items()

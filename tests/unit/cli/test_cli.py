@@ -1,4 +1,5 @@
-"""What a person reads on the terminal when something is wrong: one sentence, exit code 2, nothing started."""
+"""Tests of what a person reads on the terminal when something is wrong: one sentence, exit code 2, nothing
+started."""
 
 import contextlib
 import json
@@ -182,7 +183,7 @@ def test_status_tells_all_that_is_not_empty() -> None:
 
 @contextlib.contextmanager
 def answering(code: int, body: bytes) -> Iterator[str]:
-    """The URL of a server that answers everything so."""
+    """Yield the URL of a server that answers everything so."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -303,7 +303,7 @@ def test_any_set_is_a_config_or_refused_in_one_line(keys: list[str], value: str)
 
 
 def _replaced(tree: Any, place: list[int], replacement: Any) -> Any:
-    """The tree with another value at a place; an index is the n-th child, round and round."""
+    """Return the tree with another value at a place; an index is the n-th child, round and round."""
     if not place or not isinstance(tree, dict | list) or not tree:
         return replacement
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
@@ -328,7 +328,7 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 def changed(folder: Path, change: Any) -> Path:
-    """demo.yaml after a change of the plain dict."""
+    """Return demo.yaml after a change of the plain dict."""
     config = yaml.safe_load(DEMO_CONFIG.read_text())
     change(config)
     path = folder / "changed.yaml"

@@ -1,4 +1,4 @@
-"""What `sparkmoe serve` makes of what Ray and Serve tell it, without either of them."""
+"""Tests of what `sparkmoe serve` makes of what Ray and Serve tell it, without either of them."""
 
 import signal
 from collections.abc import Callable
@@ -21,13 +21,13 @@ HTTP = SCHEMA.http_options.model_dump()
 
 
 def serving(status: str = "RUNNING", message: str = "", **deployments: tuple[str, str]) -> dict[str, Any]:
-    """Serve's details of an application; deployments: (status, message) by name."""
+    """Return Serve's details of an application; deployments: (status, message) by name."""
     told = {name: {"status": status, "message": message} for name, (status, message) in deployments.items()}
     return {"status": ApplicationStatus(status), "message": message, "deployments": told}
 
 
 class FakeClock:
-    """time.monotonic and time.sleep of a module, without the waiting."""
+    """A stand-in for a module's time.monotonic and time.sleep, without the waiting."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -40,7 +40,8 @@ class FakeClock:
 
 
 class FakeApplication(Application):
-    """details: one after the other, the last of them for ever; an exception is raised."""
+    """An application that says its details one after the other, the last of them for ever; an exception is
+    raised."""
 
     def __init__(self, *details: dict[str, Any] | Exception | None) -> None:
         super().__init__(None, "sparkmoe", started=True)
@@ -64,7 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What /ready answers: one after the other, the last of them for ever."""
+    """Make /ready answer these one after the other, the last of them for ever."""
 
     def set_answers(*answers: tuple[bool, str] | Exception) -> None:
         left = list(answers)

@@ -1,4 +1,4 @@
-"""What `sparkmoe serve` shows of shards that load."""
+"""Tests of what `sparkmoe serve` shows of shards that load."""
 
 import os
 import sys

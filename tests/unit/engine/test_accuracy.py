@@ -1,4 +1,4 @@
-"""How close the engine's probabilities are to transformers' on held-out text."""
+"""Tests of how close the engine's probabilities are to transformers' on held-out text."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Paged attention against dense attention, and how prompts are cut into tiles. T rows of a step, H query heads, D head dim."""
+"""Paged attention against dense attention, and how prompts are cut into tiles.
+
+T rows of a step, H query heads, D head dim.
+"""
 
 import numpy as np
 import pytest

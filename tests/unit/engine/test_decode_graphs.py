@@ -1,4 +1,5 @@
-"""What a CUDA graph of a decode step reads, and which graph a step takes; graphs themselves need a GPU."""
+"""Tests of what a CUDA graph of a decode step reads, and which graph a step takes; graphs themselves need a
+GPU."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What goes wrong for one request does not touch the others."""
+"""Tests that what goes wrong for one request does not touch the others."""
 
 import pkgutil
 from collections.abc import Sequence
@@ -38,7 +38,8 @@ def undisturbed(model: Path) -> dict[str, Joined]:
 
 
 class PoisonFabric(LocalFabric):
-    """The experts' output of one row of one step is NaN, and with it what later layers write to the KV cache."""
+    """A fabric in which the experts' output of one row of one step is NaN, and with it what later layers
+    write to the KV cache."""
 
     def __init__(self, shards: Sequence[ExpertShard], *, step: int, row: int) -> None:
         super().__init__(shards)
@@ -57,7 +58,7 @@ class PoisonFabric(LocalFabric):
 
 
 class FragileFabric(LocalFabric):
-    """A step of so many rows or more goes wrong, every time."""
+    """A fabric in which a step of so many rows or more goes wrong, every time."""
 
     def __init__(
         self, shards: Sequence[ExpertShard], *, rows: int, error: type[PeerLost | ShardFailed]
@@ -98,7 +99,10 @@ def test_a_request_that_shards_fail_in_again_and_again_is_given_up(
 
 
 def test_logits_that_are_not_finite_fail_one_request(model: Path, undisturbed: dict[str, Joined]) -> None:
-    """Of three that decode, the one with the longest prompt. A fourth then gets its block, the only one that is free."""
+    """Of three that decode, the one with the longest prompt.
+
+    A fourth then gets its block, the only one that is free.
+    """
     config = RouterConfig(kv_cache=KVCacheConfig(block_size=40, memory_gib=3.5 * 40 * 768 / 2**30))
     again = greedy("again", PROMPTS[1], num_tokens=NUM_TOKENS)
     fabric = partial(PoisonFabric, step=4, row=2)

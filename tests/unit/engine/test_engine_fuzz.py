@@ -1,4 +1,5 @@
-"""Whatever arrives, leaves and fails, and however small the memory: every token is the one that transformers gives."""
+"""Whatever arrives, leaves and fails, and however small the memory: every token is the one that transformers
+gives."""
 
 import functools
 import tempfile
@@ -45,7 +46,7 @@ PROMPTS += [text(7)[:length] for length in LENGTHS[::3]]
 
 @dataclass(frozen=True)
 class Arrival:
-    """prompt: its place in PROMPTS."""
+    """A request that arrives. prompt: its place in PROMPTS."""
 
     prompt: int
     num_tokens: int
@@ -73,7 +74,7 @@ def expected() -> list[Continuation]:
 
 
 class Clients(RuleBasedStateMachine):
-    """They come and go in any order between the steps of an engine that runs in this thread."""
+    """Clients that come and go in any order between the steps of an engine that runs in this thread."""
 
     @initialize(
         max_requests=st.integers(1, 5),
@@ -82,7 +83,7 @@ class Clients(RuleBasedStateMachine):
         spare_tokens=st.sampled_from([0, 0, 10, 50, 400]),
     )
     def start(self, max_requests: int, budget: int, block_size: int, spare_tokens: int) -> None:
-        """The pool holds the longest request, and so many tokens more."""
+        """Start an engine whose pool holds the longest request, and so many tokens more."""
         num_blocks = -(-(LENGTHS[-1] + NUM_TOKENS) // block_size) + spare_tokens // block_size
         memory_gib = (num_blocks + 0.5) * block_size * BYTES_PER_TOKEN / 2**30
         self.in_process = in_process(
@@ -127,7 +128,7 @@ class Clients(RuleBasedStateMachine):
     @precondition(lambda self: self.server.engine._roster.num_failures < MAX_FAILURES - 1)
     @rule(rank=st.integers(0, NUM_SHARDS - 1), layer=st.integers(0, NUM_LAYERS - 1))
     def lose_a_shard(self, rank: int, layer: int) -> None:
-        """In the next step that there is, unless that may make the engine give a request up. Layer 1 is dense: nothing
+        """Lose a shard in the next step that there is, unless that may make the engine give a request up. Layer 1 is dense: nothing
         is lost there."""
         next_step = self.server.engine.status().num_steps
         self.fabric.pending[:] = [Lost(rank=rank, step=next_step, layer=layer)]

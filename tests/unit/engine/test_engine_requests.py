@@ -1,4 +1,4 @@
-"""What a request may ask of its answer, on the demo model."""
+"""Tests of what a request may ask of its answer, on the demo model."""
 
 import gc
 import json

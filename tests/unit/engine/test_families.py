@@ -47,7 +47,7 @@ WriteFamily = Callable[[str, str], Path]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> WriteFamily:
-    """The checkpoint of a family in a layout. All layouts of a family hold the same weights."""
+    """Return the checkpoint of a family in a layout. All layouts of a family hold the same weights."""
 
     @cache
     def write(family: str, layout: str) -> Path:

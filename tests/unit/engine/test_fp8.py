@@ -78,7 +78,8 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tokens_depend_on_neither_company_nor_cuts_nor_preemption_nor_the_prefix_cache() -> None:
-    """Every prompt attends to what is kept of its keys and values, even where it computes them all in one step."""
+    """Every prompt attends to what is kept of its keys and values, even where it computes them all in one
+    step."""
     tokens = Tokenizer(DEMO_MODEL).encode(HELDOUT.read_text())
     prompts = [tokens[1000 * n : 1000 * n + length] for n, length in enumerate((3, 17, 64, 150, 301))]
     requests = [greedy(str(n), prompt, num_tokens=24) for n, prompt in enumerate(prompts)]

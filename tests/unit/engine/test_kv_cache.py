@@ -16,7 +16,7 @@ SHAPE = shape_of(4, 2, 8, max_model_len=128)
 
 
 class Tables(RuleBasedStateMachine):
-    """Rows come, grow and go in any order. Their tokens are few, so that prefixes are found again.
+    """A state machine in which rows come, grow and go in any order. Their tokens are few, so that prefixes are found again.
 
     tokens: of each row, of which the first `proven` are final. content: of each slot, the tokens up to and with its own.
     """
@@ -45,7 +45,7 @@ class Tables(RuleBasedStateMachine):
 
     @rule(prefix=st.lists(st.integers(0, 1), max_size=MAX_TOKENS))
     def take_row(self, prefix: list[int]) -> None:
-        """It begins with what is found of the prefix."""
+        """Take a row, which begins with what is found of its prefix."""
         row = self.tables.take_row()
         assert (row is None) == (len(self.tokens) == self.MAX_REQUESTS)
         if row is None:
@@ -60,7 +60,8 @@ class Tables(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=20), prove=st.booleans())
     def grow(self, data: st.DataObject, more: list[int], prove: bool) -> None:
-        """As a step does: blocks, then keys and values in their slots, which are proven unless the step fails."""
+        """Grow a row as a step does: blocks, then keys and values in their slots, which are proven unless the step
+        fails."""
         row = self.a_row(data)
         tokens = (self.tokens[row][: self.proven[row]] + more)[: self.MAX_TOKENS]
         free, held = self.tables.num_free_blocks, self.num_blocks(len(self.tokens[row]))
@@ -167,7 +168,8 @@ def test_memory_is_what_the_file_says_or_what_is_left() -> None:
 
 @pytest.mark.parametrize("shard_has_loaded", [False, True])
 def test_a_shard_on_the_same_gpu_finds_room_whenever_it_comes(shard_has_loaded: bool) -> None:
-    """128 GiB, of which the trunk has 10 and the shard will have 60: 45 are left, and a tenth for activations."""
+    """128 GiB, of which the trunk has 10 and the shard will have 60: 45 are left, and a tenth for
+    activations."""
     gib = 2**30
     free = (128 - 10 - 60 * shard_has_loaded) * gib
     left = left_over(free, 128 * gib, own=10 * gib, set_aside=60 * gib)

@@ -20,7 +20,7 @@ CHATS = ("Write a function that reverses a string.", "What does this do?\n\nfor 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Pieces of the held-out text from all over it, and two chats."""
+    """Return pieces of the held-out text from all over it, and two chats."""
     tokenizer = Tokenizer(DEMO_MODEL)
     tokens = tokenizer.encode(HELDOUT.read_text())
     starts = range(0, len(tokens), len(tokens) // len(LENGTHS))
@@ -51,7 +51,8 @@ def assert_all_same(
 
 
 def pool(num_blocks: int, *, block_size: int) -> KVCacheConfig:
-    """Of the demo model in float32: 6 layers, keys and values, 2 heads of 64."""
+    """Return a cache of so many blocks for the demo model in float32: 6 layers, keys and values, 2 heads of
+    64."""
     return KVCacheConfig(block_size=block_size, memory_gib=(num_blocks + 0.5) * block_size * 6144 / 2**30)
 
 

@@ -1,4 +1,5 @@
-"""The sampler against one slow row at a time, against transformers' logits processors, and against its own promises."""
+"""The sampler against one slow row at a time, against transformers' logits processors, and against its own
+promises."""
 
 import math
 from collections import Counter
@@ -47,7 +48,7 @@ def row(
 
 
 def as_bits(tokens: frozenset[int]) -> np.ndarray:
-    """As llguidance has them."""
+    """Return allowed tokens as bits, as llguidance has them."""
     words = np.zeros(-(-VOCABULARY // 32), np.uint32)
     for token in tokens:
         words[token // 32] |= np.uint32(1 << token % 32)
@@ -70,7 +71,7 @@ def kept_tokens(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
 ) -> set[int]:
-    """Every token that any noise gives."""
+    """Return every token that any noise gives."""
     rows = [row(params, seed=seed, prompt=prompt, output=output) for seed in range(draws)]
     return {sampled.token for sampled in sample(logits_V.expand(draws, -1), rows)}
 
@@ -100,7 +101,7 @@ def penalised(logits_V: np.ndarray, one: SamplingRow) -> np.ndarray:
 
 
 def distribution(logits_V: np.ndarray, one: SamplingRow) -> np.ndarray:
-    """The probabilities that the token is drawn from."""
+    """Return the probabilities that the token is drawn from."""
     params = one.params
     scaled = penalised(logits_V, one) / params.temperature
     p_V = np.exp(scaled - scaled.max())

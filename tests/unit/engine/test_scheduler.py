@@ -1,4 +1,5 @@
-"""Scheduler: whatever arrives and leaves, no step is too large, blocks are conserved and everybody who decodes goes on."""
+"""Scheduler: whatever arrives and leaves, no step is too large, blocks are conserved and everybody who
+decodes goes on."""
 
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ MAX_TOKENS = NUM_BLOCKS * BLOCK_SIZE
 
 
 class FakeAnswer(Answer):
-    """num_cached: as the scheduler told it."""
+    """An answer that counts. num_cached: as the scheduler told it."""
 
     def __init__(self) -> None:
         self.num_cached: int | None = None
@@ -29,7 +30,7 @@ class FakeAnswer(Answer):
 
 @dataclass(frozen=True)
 class Client:
-    """Arrives before a step, wants so many tokens, and leaves some steps later if it is not done by then.
+    """A client that arrives before a step, wants so many tokens, and leaves some steps later if it is not done by then.
 
     shared: so many of its prompt's first tokens are those of everybody.
     """
@@ -83,9 +84,9 @@ def scheduler(
 
 
 def check_plan(plan: StepPlan, sched: Scheduler, *, max_batch_tokens: int) -> None:
-    """Each part is its request's next tokens, and rows and logits are where the engine looks for them."""
+    """Assert that each part is its request's next tokens, and rows and logits are where the engine looks for them."""
     assert 1 <= len(plan.tokens) <= max_batch_tokens
-    assert len(plan.tokens) == len(plan.positions) == len(plan.tokens)
+    assert len(plan.positions) == len(plan.tokens)
     assert len({chunk.row for chunk in plan.chunks}) == len(plan.parts)
     counts = [chunk.count for chunk in plan.chunks]
     assert counts == sorted(counts, key=lambda count: count > 1)
@@ -103,7 +104,7 @@ def check_plan(plan: StepPlan, sched: Scheduler, *, max_batch_tokens: int) -> No
 
 
 def commit(sched: Scheduler, plan: StepPlan) -> list[RunningRequest]:
-    """As the engine does after a step. Returns who has a new token."""
+    """Commit a step as the engine does; returns who has a new token."""
     sampled = []
     for part in plan.parts:
         part.running.num_computed += part.chunk.count
@@ -169,7 +170,7 @@ class Simulation:
         assert all(live in planned for live in running if live.num_left == 1), "who decodes goes on"
 
     def write(self, plan: StepPlan) -> None:
-        """Into the slots what attention would; then each part must find its whole context there."""
+        """Write into the slots what attention would; then each part must find its whole context there."""
         tables = self.scheduler.tables
         for part in plan.parts:
             chunk, tokens = part.chunk, part.running.tokens
@@ -264,7 +265,8 @@ def test_what_is_put_back_finds_what_it_had_computed() -> None:
 
 
 def test_a_better_priority_need_not_wait() -> None:
-    """For a row or for blocks, it takes those of the last in rank; among equals nobody is put back to let one in."""
+    """For a row or for blocks, it takes those of the last in rank; among equals nobody is put back to let one
+    in."""
     sched = scheduler(max_batch_tokens=100)
     ordinary = [request(name, 4) for name in ("a", "b", "c")]
     for live in ordinary:

@@ -131,7 +131,8 @@ def test_leaves_out_what_predicts_further_tokens(models: Callable[[str], Path], 
 
 
 def test_quantised_tensors_are_dequantised(models: Callable[[str], Path], tmp_path: Path) -> None:
-    """One matrix in ModelOpt's NVFP4 and one in FP8, beside BF16 ones; with scales that the trunk has no use for."""
+    """One matrix in ModelOpt's NVFP4 and one in FP8, beside BF16 ones; with scales that the trunk has no use
+    for."""
     expected: Tensors = {}
 
     def quantise_two(tensors: Tensors) -> Tensors:

@@ -17,13 +17,11 @@ from tests.support.fake_ray_shards import FakeRayShards, Proxy, fleet_spec, kill
 pytestmark = pytest.mark.anyio
 
 LEASE_S = 60.0
-TIMEOUT_S = 5.0
+TIMEOUT_S = 120.0
+QUIET_S = 300.0
+"""A router that does nothing for so long never will: it asks and renews every few seconds."""
+
 LOSS = PeerLost([0], epoch=1, step=0, layer=0, elapsed_s=0.0, why="a test")
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 class World:
@@ -55,17 +53,11 @@ class World:
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(TIMEOUT_S):
             while not condition():
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
 
     async def until_heard(self, number: int) -> Membership:
         await self.until(lambda: len(self.heard) >= number)
         return self.heard[-1]
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RENEW_S", "REFUSED_S", "RETRY_S"):
-        monkeypatch.setattr(client, name, 0.05)
 
 
 @pytest.fixture
@@ -89,7 +81,7 @@ async def test_a_router_hears_of_new_shards_when_the_fleet_and_all_shards_die_to
     third = await world.until_heard(3)
     assert first.epoch < second.epoch < third.epoch
     assert not set(names(second)) & set(names(third))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(QUIET_S)
     assert len(world.heard) == 3, "and of nothing twice"
 
 
@@ -130,7 +122,7 @@ async def test_a_failed_reconcile_is_repeated(world: World, monkeypatch: pytest.
 
 async def test_a_spec_whose_checkpoint_is_mounted_late_comes_up(world: World, tmp_path: Path) -> None:
     await world.link.want(fleet_spec(checkpoint=tmp_path / "late"))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(QUIET_S)
     (tmp_path / "late").symlink_to(fleet_spec().checkpoint)
     await world.until_heard(1)
 
@@ -147,13 +139,13 @@ async def test_a_changed_spec_that_is_refused_leaves_what_runs(world: World) -> 
 
     async with asyncio.timeout(TIMEOUT_S):
         while not await refused():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
     assert "experts.shards=33" in await refused()
     assert sorted(world.shards.handles) == names(members)
     await world.link.want(fleet_spec())
     async with asyncio.timeout(TIMEOUT_S):
         while await refused():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
     assert len(world.heard) == 1
 
 
@@ -196,5 +188,5 @@ async def test_only_a_router_that_wants_a_fleet_starts_one(world: World) -> None
     before = world.num_fleets
     world.link.report_lost(LOSS)
     assert await world.link.overview() is None
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(QUIET_S)
     assert world.num_fleets == before

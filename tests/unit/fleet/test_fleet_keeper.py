@@ -13,16 +13,12 @@ from tests.support.fake_ray_shards import FakeRayShards, fleet_spec
 
 pytestmark = pytest.mark.anyio
 
-TIMEOUT_S = 5.0
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+TIMEOUT_S = 120.0
+LEASE_S = 3600.0
 
 
 async def running(shards: FakeRayShards, *, num_shards: int, gpus: float = 0) -> Fleet:
-    fleet = Fleet("app", lease_s=60, shards=shards)
+    fleet = Fleet("app", lease_s=LEASE_S, shards=shards)
     await fleet.reconcile(fleet_spec(num_shards=num_shards, gpus=gpus))
     return fleet
 
@@ -30,7 +26,7 @@ async def running(shards: FakeRayShards, *, num_shards: int, gpus: float = 0) ->
 async def overview_with(fleet: Fleet, text: str, *, rank: int) -> FleetOverview:
     async with asyncio.timeout(TIMEOUT_S):
         while text not in (overview := await fleet.overview()).problems.get(rank, ""):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
     return overview
 
 
@@ -39,7 +35,7 @@ async def test_shards_do_not_all_take_the_same_room() -> None:
     shards.may_start.clear()
     shards.may_load.clear()
     await running(shards, num_shards=3, gpus=1)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(keeper_module.START_LIMIT_S / 2)
     taken = [handle.actor._node for handle in shards.handles.values()]
     assert sorted(taken) == ["a", "a", "b"]
 
@@ -56,11 +52,7 @@ async def test_a_shard_without_room_says_so() -> None:
     await overview_with(fleet, "waits for a node: none has {'GPU': 2", rank=0)
 
 
-async def test_a_shard_that_ray_does_not_start_says_so_and_is_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(keeper_module, "SLOW_START_S", 0.05)
-    monkeypatch.setattr(keeper_module, "START_LIMIT_S", 0.05)
+async def test_a_shard_that_ray_does_not_start_says_so_and_is_given_up() -> None:
     shards = FakeRayShards()
     shards.may_start.clear()
     fleet = await running(shards, num_shards=1)
@@ -96,9 +88,9 @@ async def test_shards_that_die_when_they_have_loaded_are_started_ever_more_slowl
     for _ in range(3):
         async with asyncio.timeout(TIMEOUT_S):
             while (await fleet.overview()).problems or not shards.handles:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
         shards.kill_all()
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(50)
     assert len(shards.started) == 3
 
 

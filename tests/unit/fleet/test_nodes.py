@@ -1,4 +1,4 @@
-"""On which node a shard goes."""
+"""Tests of the choice of a node for a shard."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def gpu_node(id_: str, *, total: float, available: float) -> Node:
 def place(
     num_shards: int, room: dict[str, int], *, strategy: Strategy, lag: bool, resources: dict[str, float]
 ) -> dict[str, int]:
-    """Shards per node after placing them one by one on nodes with room for so many GPUs.
+    """Return the number of shards per node after placing them one by one on nodes with room for so many GPUs.
 
     lag: Ray's numbers count no shard yet. If not, they count those that were placed before, though some are only starting.
     """

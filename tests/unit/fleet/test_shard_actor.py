@@ -23,7 +23,7 @@ from tests.support.fake_ray_shards import fleet_spec
 
 @pytest.fixture
 def actor(monkeypatch: pytest.MonkeyPatch) -> ShardActor:
-    """Its lease outlives this process."""
+    """Return an actor whose lease outlives this process."""
     context = SimpleNamespace(get_node_id=lambda: "node")
     monkeypatch.setattr(shard_actor.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ShardActor, "_exit_without_lease", lambda actor: None)

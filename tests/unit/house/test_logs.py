@@ -1,4 +1,4 @@
-"""What a process of ours writes to stderr."""
+"""Tests of what a process of ours writes to stderr."""
 
 import json
 import subprocess

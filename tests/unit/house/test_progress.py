@@ -1,4 +1,4 @@
-"""Who is told how far a work is, how often."""
+"""Tests of who is told how far a work is, and how often."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What the engine is built from."""
+"""Tests of what the engine is built from."""
 
 from safetensors.torch import load_file
 

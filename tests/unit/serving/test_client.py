@@ -10,22 +10,26 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RayServeException
 
 from deploy.api.engine_client import Limits, Readiness, RouterLost
-from deploy.engine import client as client_module
 from deploy.engine.client import HandleClient
 from deploy.fleet.spec import Refusal
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
+from tests.support.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio
 
 REQUEST = Request("r1", (1, 2), SamplingParams())
 LIMITS = Limits(max_model_len=100, max_requests=4)
 
+A_WHILE_S = 60.0
+"""Seconds of virtual time, which pass at once."""
+
 
 http_request: ContextVar[str] = ContextVar("http_request")
 
 
 class Stream:
-    """What `attach` returns: Limits, then what is put into it, until an Exception or None ends it."""
+    """A stand-in for what `attach` returns: Limits, then what is put into it, until an Exception or None ends
+    it."""
 
     def __init__(self) -> None:
         self.items: asyncio.Queue[list[RequestOutput] | Limits | Exception | None] = asyncio.Queue()
@@ -52,7 +56,10 @@ class Method:
 
 
 class Handle:
-    """answers: by method, what its next call gives; a method that is not there never answers."""
+    """A stand-in for Serve's handle.
+
+    answers: by method, what its next call gives; a method that is not there never answers.
+    """
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
@@ -87,14 +94,18 @@ class Handle:
 
 
 @pytest.fixture
-async def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
-    monkeypatch.setattr(client_module, "RECONNECT_S", 0.01)
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"loop_factory": VirtualTimeLoop}
+
+
+@pytest.fixture
+async def handle() -> Handle:
     return Handle()
 
 
 @pytest.fixture
 async def client(handle: Handle) -> AsyncIterator[HandleClient]:
-    """Attached."""
+    """Yield a client that is attached to a router."""
     handle_: Any = handle
     client = HandleClient(handle_)
     client.start()
@@ -207,7 +218,7 @@ async def test_requests_in_flight_are_lost_with_the_router(client: HandleClient,
     handle.streams[0].items.put_nowait(ActorDiedError())
     with pytest.raises(RouterLost, match=r"died \(ActorDiedError\)"):
         await task
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(A_WHILE_S)
     assert len(handle.streams) == 2, "it attaches again"
     assert handle.called("attach")[0] != handle.called("attach")[1]
 
@@ -245,17 +256,14 @@ async def test_nothing_is_known_of_a_router_that_has_not_come() -> None:
         await collect(client)
 
 
-async def test_it_renews_by_name_for_as_long_as_it_is_attached(
-    monkeypatch: pytest.MonkeyPatch, handle: Handle
-) -> None:
-    monkeypatch.setattr(client_module, "RENEW_S", 0.01)
+async def test_it_renews_by_name_for_as_long_as_it_is_attached(handle: Handle) -> None:
     handle_: Any = handle
     client = HandleClient(handle_)
     client.start()
-    await asyncio.sleep(0.1)  # the first renewal is not answered: the next ones come all the same
+    await asyncio.sleep(A_WHILE_S)  # the first renewal is not answered: the next ones come all the same
     await client.stop()
     renewed = handle.called("renew")
     assert len(renewed) > 2
     assert set(renewed) == set(handle.called("attach"))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(A_WHILE_S)
     assert handle.called("renew") == renewed

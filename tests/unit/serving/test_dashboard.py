@@ -1,4 +1,4 @@
-"""The Grafana dashboard is one that Grafana takes. What it shows: test_metrics.py."""
+"""The Grafana dashboard is one that Grafana takes; test_metrics.py tests what it shows."""
 
 import itertools
 import re

@@ -31,7 +31,10 @@ MIB = 2**20
 
 
 class Meter:
-    """A Counter, Gauge or Histogram. values: by its tags. exported: the name that Prometheus knows it by."""
+    """A stand-in for Ray's Counter, Gauge or Histogram.
+
+    values: by its tags. exported: the name that Prometheus knows it by.
+    """
 
     def __init__(self, kind: str, name: str) -> None:
         assert (kind == "Counter") == name.endswith("_total"), "Ray would add it to a counter's name"
@@ -45,7 +48,7 @@ class Meter:
         self.values[tuple((tags or {}).values())].append(value)
 
     def _record(self, value: float, tags: dict[str, str]) -> None:
-        """What a counter begins with."""
+        """Record the value that a counter begins with."""
         assert value == 0
         self.inc(value, tags)
 
@@ -58,7 +61,7 @@ class Meter:
 
 @pytest.fixture
 def meters(monkeypatch: pytest.MonkeyPatch) -> dict[str, Meter]:
-    """By name."""
+    """Return all meters by name."""
     made: dict[str, Meter] = {}
 
     def make(kind: str, name: str, *args: Any) -> Meter:

@@ -28,7 +28,10 @@ NO_SHARD = "shard 1 is being replaced"
 
 @dataclass
 class FakeEngine:
-    """idle_s, linked: what status says. steps: whether a submitted request is answered."""
+    """A stand-in for the engine.
+
+    idle_s, linked: what status says. steps: whether a submitted request is answered.
+    """
 
     on_outputs: Callable[[list[RequestOutput]], None]
     on_lost: Callable[[PeerLost], None]
@@ -77,7 +80,7 @@ class FakeEngine:
 
 
 class FakeFleet:
-    """What a FleetClient is to the replica."""
+    """A stand-in for the Fleet's client."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.says: FleetOverview | None = FINE
@@ -110,7 +113,7 @@ class Running:
 
 @pytest.fixture
 async def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
-    """Every engine that was built."""
+    """Replace all that a replica needs of Ray and return the list of the engines that it has built."""
     built: list[FakeEngine] = []
 
     def build_fake_engine(
@@ -141,7 +144,7 @@ def experts(**fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 async def running(engines: list[FakeEngine]) -> AsyncIterator[Running]:
-    """Fabric tcp, all well."""
+    """Yield a replica over fabric tcp in which all is well."""
     router = Router(config(kind="tcp"))
     await router.reconfigure(experts())
     fleet: Any = router._fleet

@@ -11,7 +11,7 @@ POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required":
 
 
 def allows(of: str, text: str) -> bool:
-    """Whether the text is one of the grammar's, to its end."""
+    """Return whether the text is one of the grammar's, to its end."""
     matcher = LLMatcher(LLTokenizer("byte"), of, log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     tokens = list(text.encode())

@@ -13,7 +13,8 @@ stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size
 
 
 def reference(text: str, stop: list[str]) -> tuple[str, str | None]:
-    """The text before the match that ends first, the longest of those; and the string that matches, if any does."""
+    """Return the text before the match that ends first, the longest of those; and the string that matches, if any
+    does."""
     matches = [
         (text.find(string) + len(string), text.find(string), string) for string in stop if string in text
     ]

@@ -26,7 +26,8 @@ def demo() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Like Llama 2's: a space is ▁, the first is stripped, unknown characters are byte tokens."""
+    """Return a tokenizer like Llama 2's: a space is ▁, the first is stripped, unknown characters are byte
+    tokens."""
     pieces = [
         "<unk>",
         "</s>",
@@ -58,7 +59,7 @@ def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def stream(
     tokenizer: Tokenizer, token_ids: Sequence[int], *, prompt: Sequence[int] = (), stop: Sequence[str] = ()
 ) -> tuple[list[str], bool]:
-    """The pieces of text, the flushed one last, and whether a stop string ended them."""
+    """Return the pieces of text, the flushed one last, and whether a stop string ended them."""
     detokenizer = Detokenizer(tokenizer, prompt, stop=stop)
     pieces = [detokenizer.push([token]) for token in token_ids]
     return [*pieces, detokenizer.flush()], detokenizer.stopped is not None

@@ -27,7 +27,7 @@ GIVEN = layer_input(3)
 
 @contextmanager
 def faulty(*faults: Fault) -> Iterator[tuple[FaultyFabric, Membership]]:
-    """Over tcp, in epoch 1."""
+    """Yield a faulty fabric over tcp, in epoch 1."""
     with listening(SHARDS) as listeners, closing(FaultyFabric(tcp_fabric(), faults)) as fabric:
         yield fabric, members_of(addresses_of(listeners), epoch=1)
 

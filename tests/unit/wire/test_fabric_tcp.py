@@ -1,4 +1,7 @@
-"""Fabric `tcp` over real sockets, TCP and Unix: sums, epochs and who may connect. Losses: test_fabric_tcp_losses.py."""
+"""Fabric `tcp` over real sockets, TCP and Unix: sums, epochs and who may connect.
+
+Losses: test_fabric_tcp_losses.py.
+"""
 
 import socket
 import time

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def lost_in(call: Callable[[], object]) -> tuple[PeerLost, float]:
-    """The PeerLost that a call raises, and after how many seconds."""
+    """Return the PeerLost that a call raises, and after how many seconds."""
     began = time.monotonic()
     with pytest.raises(PeerLost) as lost:
         call()
@@ -57,7 +57,7 @@ def process_of_rank_1() -> Iterator[ShardAddress]:
 
 
 def stop(pid: int) -> None:
-    """Returns once every thread of this process has stopped."""
+    """Stop a process and return once every thread of it has stopped."""
     os.kill(pid, signal.SIGSTOP)
     until = time.monotonic() + 5
     while any("(stopped)" not in file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/status")):

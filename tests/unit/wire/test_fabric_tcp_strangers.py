@@ -1,4 +1,4 @@
-"""Who may connect to a shard, and what becomes of those who may not or who break the protocol."""
+"""Tests of who may connect to a shard, and of what becomes of those who may not or who break the protocol."""
 
 import socket
 import threading
