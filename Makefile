@@ -15,7 +15,7 @@ serve: .venv/.base ## serve CONFIG=configs/... in the foreground
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/.dev ## unit tests, and one server from its start to its stop
-	$(BIN)/pytest $(PARALLEL) tests/unit tests/e2e # what plain `pytest` runs; the other folders need not be read
+	$(BIN)/pytest $(PARALLEL) tests/e2e tests/unit # what plain `pytest` runs; the other folders need not be read
 
 test-cluster: .venv/.dev ## everything else that starts a Ray cluster
 	$(BIN)/pytest -m "cluster and not gpu"

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 
 # Ray reads these when it is imported: the clusters of tests have a token of their own.
@@ -15,12 +16,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from _pytest.nodeid import coerce_node_id
 from hypothesis import settings
 
 from deploy.logs import ROOMS
 
 settings.register_profile("sparkmoe", deadline=None)  # a machine that others use may stall at any time
 settings.load_profile("sparkmoe")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Number the tests of one name, of which pytest-xdist would run only one: schemathesis makes one per operation."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        seen[item.nodeid] += 1
+        if (count := seen[item.nodeid]) > 1:
+            item._id = coerce_node_id(f"{item.nodeid}[{count}]")  # pytest has no public way
 
 
 @pytest.fixture(scope="session", autouse=True)
