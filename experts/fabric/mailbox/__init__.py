@@ -16,7 +16,7 @@ One buffer each is enough: a router posts layer l + 1 only after it has taken al
 shard posts only after it has taken the rows of layer l.
 
 A *stop word* is one 64-bit integer of a process that only rises, too. Every wait for a value at or below it returns, and
-every post of one raises no flag. So a step that nobody answers runs out on garbage within milliseconds, and its values
+after a wait that returned so no post of its step raises a flag. So a step that nobody answers runs out on garbage within milliseconds, and its values
 never count again. A *lane* is an outbox, the inboxes that answer it, and one end's operations on them.
 
 T rows of a step, D hidden, K top-k, R shards that answer.

@@ -147,10 +147,11 @@ class DeviceShardLane:
 def _entries(
     shape: LaneShape, outbox: Region, stop: StopWord, first: int, rows: int, peers: Sequence[int]
 ) -> list[int]:
-    """Return the table's entries in the order that kernels.py names."""
+    """Return the table's entries in the order that kernels.py names. A step that is stopped already raises no flag."""
     x, ids, weights = shape.x_offset, shape.ids_offset, shape.weights_offset
     places = [outbox.address + offset for offset in (0, x, ids, weights)]
-    return [first, rows, stop.address, *places, len(peers) // 2, *peers]
+    stopped = int(stop.value >= first)
+    return [first, rows, stop.address, *places, stopped, len(peers) // 2, *peers]
 
 
 def _blocks(num_rows: int, hidden: int) -> tuple[int]:

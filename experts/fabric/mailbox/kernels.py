@@ -26,10 +26,17 @@ FLAG = tl.constexpr(3)
 X = tl.constexpr(4)
 IDS = tl.constexpr(5)
 WEIGHTS = tl.constexpr(6)
-NUM_PEERS = tl.constexpr(7)
+STOPPED = tl.constexpr(7)
+"""... 1 once a wait of this step has seen the stop, 0 at its beginning: a post looks here, and not at host memory, which
+would cost it a way over the bus ..."""
+
+NUM_PEERS = tl.constexpr(8)
 """... the number of inboxes, and from here on flag and partial sums of each."""
 
-PEERS = tl.constexpr(8)
+PEERS = tl.constexpr(9)
+
+LOOKS = tl.constexpr(16)
+"""How often a wait looks at its flag before it looks at the stop word once: each look is a way over the bus."""
 
 
 @triton.jit
@@ -67,16 +74,15 @@ def store_release(address, value):
 
 @triton.jit
 def raise_flag(table, flag, position, arrived):
-    """Raise a flag once all blocks of this kernel have arrived here, unless the step is stopped.
+    """Raise a flag once all blocks of this kernel have arrived here, unless a wait of this step has seen the stop.
 
     arrived: int32 on the device, zero before and after.
     """
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(arrived, 0)
-        value = tl.load(table + FIRST) + position
-        if load_acquire(tl.load(table + STOP)) < value:
-            store_release(flag, value)
+        if tl.load(table + STOPPED) == 0:
+            store_release(flag, tl.load(table + FIRST) + position)
 
 
 @triton.jit(do_not_specialize=["position"])
@@ -96,9 +102,14 @@ def wait_for_inboxes(table, position):
 def wait(table, flag, position):
     """Wait until a flag has this layer's value, or the stop word has."""
     value, stop = tl.load(table + FIRST) + position, tl.load(table + STOP)
-    seen = load_acquire(flag)
+    seen, looks = load_acquire(flag), 0
     while seen < value:
-        seen = tl.maximum(load_acquire(flag), load_acquire(stop))
+        seen = load_acquire(flag)
+        looks += 1
+        if looks % LOOKS == 0:  # noqa: SIM102 Triton would look at both sides of an `and`
+            if load_acquire(stop) >= value:
+                tl.store(table + STOPPED, 1)
+                seen = value
 
 
 @triton.jit
