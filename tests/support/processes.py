@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -42,7 +42,8 @@ def _first_of(pipe: Connection) -> Any:
 def _end(process: BaseProcess, pipe: Connection) -> None:
     pipe.close()
     if process.pid is not None and process.is_alive():
-        os.kill(process.pid, signal.SIGCONT)  # a test may have stopped it
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(process.pid, signal.SIGCONT)  # a test may have stopped it
     process.join(END_S)
     process.kill()
     process.join(10)

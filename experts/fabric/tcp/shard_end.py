@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from experts.fabric import FabricError, ShardAddress
+from experts.fabric.mailbox.control import is_mailbox
+from experts.fabric.mailbox.shard_end import serve_mailbox
 from experts.fabric.tcp.frames import Kind, LayerFrame, PartialFrame, ShapeHalf, error_frame, layer_of
 from experts.fabric.tcp.handshake import prove_shard
 from experts.fabric.tcp.layer_log import LayerLog
@@ -173,7 +175,10 @@ def serve_link(
         proven()
         logger.info("%s: open", thread)
         with torch.no_grad():
-            _answer_layers(sock, shard, log)
+            if is_mailbox(sock, keep_waiting=_Patrol(sock)):
+                serve_mailbox(sock, shard)
+            else:
+                _answer_layers(sock, shard, log)
     except FabricError as error:
         logger.warning("%s: closed: %s", thread, error)
     except OSError as error:
