@@ -57,9 +57,9 @@ class Lane:
             stop.raise_to(LAYERS)
         self.begin(first=1, rows=rows)
         if self.devices[0] != CPU:
-            layers = inputs(self.shape, rows, 0, self.devices[0])
+            x_LTD, ids_LTK, w_LTK, own_LTD = inputs(self.shape, rows, 0, self.devices[0])
             with torch.cuda.stream(self.streams[0]):
-                run_router(self, *layers, torch.empty_like(layers[0]))
+                run_router(self, x_LTD, ids_LTK, w_LTK, own_LTD, torch.empty_like(x_LTD))
             torch.cuda.synchronize()
         for place, device in enumerate(self.devices[1:], start=1):
             if device != CPU:
