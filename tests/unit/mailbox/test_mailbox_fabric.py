@@ -163,10 +163,6 @@ def test_hung_shards_are_lost_together_after_one_deadline(num_hung: int) -> None
 
 
 def test_a_layer_that_fails_says_why_and_the_shard_serves_again() -> None:
-    monkeypatch.setattr(
-        shard_end.logger, "exception", lambda *_: None
-    )  # a kept record would keep the regions
-
     def fail_once() -> None:
         if trouble:
             raise RuntimeError(trouble.pop())
