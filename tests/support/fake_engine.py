@@ -12,6 +12,8 @@ from fastapi import FastAPI
 
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
+from deploy.api.grammars import child
+from deploy.api.grammars.pool import GrammarPool
 from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
 from router.request import FinishReason, QueueFull, Request, RequestOutput, SamplingParams, TokenLogprob
@@ -131,11 +133,18 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
 
 _BYTES = ByteTokenizer()
 
+GRAMMARS = GrammarPool(child.BYTES, vocab_size=262, served="all")
+"""Of all tests of a process, which share its children."""
+
 
 def ingress_over(
-    engine: EngineClient, tokenizer: ByteTokenizer = _BYTES, *, config: ApiConfig = PLAIN
+    engine: EngineClient,
+    tokenizer: ByteTokenizer = _BYTES,
+    *,
+    config: ApiConfig = PLAIN,
+    grammars: GrammarPool = GRAMMARS,
 ) -> FastAPI:
-    return build_ingress(client=engine, tokenizer=tokenizer, model=MODEL, config=config)
+    return build_ingress(client=engine, tokenizer=tokenizer, model=MODEL, grammars=grammars, config=config)
 
 
 def http_client(app: FastAPI) -> httpx.AsyncClient:
