@@ -1,5 +1,6 @@
 """Requests to the engine and its outputs. Plain data: it is sent between processes."""
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,7 +69,7 @@ class SamplingParams:
 
 def _check(name: str, value: object, ok: bool, rule: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r} must be {rule}")
+        raise ValueError(f"{name}={reprlib.repr(value)} must be {rule}")
 
 
 class QueueFull(Exception):

@@ -22,14 +22,14 @@ MAX_RULES = 500
 MAX_TERMS = 5_000
 MAX_AND = 32
 
-# Linear: no alternative can match in two ways.
+# Linear in the text: every quantifier is possessive, and what is not closed extends to the end of its line.
 _LARK = re.compile(
     r"""
-    (?P<comment> //[^\n]* | \#[^\n]*)
-  | (?P<string> "(?:[^"\\\n]|\\.)*" )
-  | (?P<regex> /(?:[^/\\\n]|\\.)+/ )
-  | (?P<rule> ^[ \t]*[?!]?\w[\w.]* (?:[ \t]*\[[^\]\n]*\])? (?:[ \t]*\{[^}\n]*\})? [ \t]*: )
-  | (?P<name> \w+ )
+    (?P<comment> //[^\n]*+ | \#[^\n]*+)
+  | (?P<string> "(?:[^"\\\n]|\\.)*+"? )
+  | (?P<regex> /(?:[^/\\\n]|\\.)*+/? )
+  | (?P<rule> ^[ \t]*+[?!]?\w[\w.]*+ (?:[ \t]*+\[[^\]\n]*+\])?+ (?:[ \t]*+\{[^}\n]*+\})?+ [ \t]*+: )
+  | (?P<name> \w++ )
   | (?P<and> & )
     """,
     re.VERBOSE | re.MULTILINE,

@@ -1,6 +1,7 @@
 """Grammars are compiled in child processes: what one costs, only its own client sees."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pytest
 
 from deploy.api.config import ApiConfig
 from deploy.api.grammars import child, pool
-from deploy.api.grammars.bounds import check_lark
+from deploy.api.grammars.bounds import MAX_BYTES, check_lark
 from deploy.api.grammars.pool import GrammarPool, GrammarRefused
 from deploy.api.grammars.wanted import UserGrammars, WantedGrammar
 from deploy.api.openai.messages import OfferedFunction
@@ -256,6 +257,19 @@ async def test_bounds_do_not_count_what_is_quoted() -> None:
     )
     many = ", ".join(f'"p{n}": {{"type": "string"}}' for n in range(600))
     check_lark(f'start: @other\nother: %json {{"properties": {{{many}}}}}')
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ['"', '\\\\"', '"\\\\"', "/", "a", " ", "a ", "a [", "a {", "[", "\\n ", "//", "\\\\", "(?:"],
+    ids=repr,
+)
+async def test_bounds_take_time_in_proportion(unit: str) -> None:
+    """Whatever is repeated: a text that is read again from each of its characters takes minutes."""
+    with contextlib.suppress(ValueError):
+        check_lark('start: "' + unit * (MAX_BYTES // len(unit)))
+    with contextlib.suppress(ValueError):
+        check_lark(unit * (MAX_BYTES // len(unit)))
 
 
 async def test_a_costly_grammar_is_the_clients_fault() -> None:
