@@ -209,8 +209,10 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # One arena, because each reserves 64 MiB of what the memory's limit counts.
-            env=os.environ | {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"},
+            # Modules are ours, not the working directory's. One arena, because each reserves 64 MiB of what the
+            # memory's limit counts.
+            env=os.environ
+            | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
