@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deploy import logs
+from deploy.api.grammars.pool import GrammarPool
 from deploy.api.http.keys import read_keys
 from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
@@ -52,8 +53,10 @@ class IngressReplica:
         path, name = self._args.model.path, self._args.model.name
         model = ServedModel(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
         logger.info("unless a request says otherwise: %s", model.defaults)
+        tokenizer, api = Tokenizer(path), self._args.api
+        grammars = GrammarPool(tokenizer.to_json(), vocab_size=model.vocab_size, served=api.user_grammars)
         return build_ingress(
-            client=self._client, tokenizer=Tokenizer(path), model=model, config=self._args.api
+            client=self._client, tokenizer=tokenizer, model=model, grammars=grammars, config=api
         )
 
 

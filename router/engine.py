@@ -228,6 +228,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step. If it loses a shard, nothing of it is committed and the plan is kept for the next try."""
         plan = self._roster.next_plan()
+        if plan.guides:
+            self._grammars.start_masks(plan.guides)  # other threads compute them while the forward runs
         try:
             logits_NV = self._forward(plan)
             self._num_steps += 1
@@ -300,6 +302,9 @@ class Engine:
             failed = self._roster.fail("the model computed logits that are not finite", bad)
             good = [n for n in range(len(running)) if n not in error.rows]
             return failed + self._sample([running[n] for n in good], logits_NV[good])
+        chosen = [(live.guide, one.token) for live, one in zip(running, sampled, strict=True) if live.guide]
+        if chosen:
+            self._grammars.accept(chosen)
         return [self._push(*pair) for pair in zip(running, sampled, strict=True)]
 
     def _push(self, running: RunningRequest, sampled: Sampled) -> RequestOutput:
@@ -307,10 +312,9 @@ class Engine:
         self._scheduler.prove(running)
         running.tokens.append(sampled.token)
         guide = running.guide
-        if guide is not None:
-            guide.accept(sampled.token)
-            if guide.error:
-                return self._roster.fail(f"the grammar cannot go on: {guide.error}", [running])[0]
+        if guide is not None and guide.error:
+            why = f"the grammar cannot go on: {guide.error}"
+            return self._roster.fail(why, [running], at_fault=True)[0]
         output = running.answer.push(sampled, complete=guide is not None and guide.finished)
         if output.finish:
             self._roster.forget(output.id)

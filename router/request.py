@@ -1,5 +1,6 @@
 """Requests to the engine and its outputs. Plain data: it is sent between processes."""
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,7 +69,7 @@ class SamplingParams:
 
 def _check(name: str, value: object, ok: bool, rule: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r} must be {rule}")
+        raise ValueError(f"{name}={reprlib.repr(value)} must be {rule}")
 
 
 class QueueFull(Exception):
@@ -112,7 +113,7 @@ class RequestOutput:
 
     text: whole characters only; it may lag behind the tokens. finish: set in a request's last output.
     stop_reason: the stop string or the token of stop_token_ids that ended it. error: a sentence, when finish is
-    "error". Only the first output has prompt_logprobs, of all prompt tokens but the first, if they were asked for;
+    "error"; at_fault: the request itself is the cause, and would fail again. Only the first output has prompt_logprobs, of all prompt tokens but the first, if they were asked for;
     num_cached, the number of prompt tokens whose keys and values were found in the prefix cache; and queued_s, the seconds
     that the request waited for its first step.
     """
@@ -127,3 +128,4 @@ class RequestOutput:
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    at_fault: bool = False

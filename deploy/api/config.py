@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from deploy.api.grammars.wanted import UserGrammars
 from deploy.logs import LogFormat
 from deploy.paths import FromRoot
 from experts.config import Config
@@ -24,6 +25,10 @@ class ApiConfig(Config):
 
     max_body_mib: int = Field(default=8, ge=1)
     """The longest body of a request; a longer one is refused (HTTP 413)."""
+
+    user_grammars: UserGrammars = "all"
+    """Which grammars clients may ask for: all; json_only: JSON schemas, choices and tool calls, but no regex and no
+    Lark; or off: none but response_format={"type": "json_object"}. Others are refused (HTTP 400)."""
 
     request_timeout_s: float | None = Field(default=None, gt=0)
     """A request that takes longer ends with the text that there is; its stop_reason is "timeout"."""

@@ -126,6 +126,8 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
     async with aclosing(client.generate(request)) as outputs:
         try:
             async for output in outputs:
+                if output.at_fault:
+                    raise ApiError(400, f"The request cannot be finished: {output.error}")
                 if output.finish in ("error", "cancelled"):
                     raise _unavailable(f"The request was not finished: {output.error or output.finish}")
                 yield output

@@ -26,6 +26,8 @@ from deploy.api.engine_client import (
     no_router,
     too_many,
 )
+from deploy.api.grammars.pool import GrammarPool, GrammarRefused
+from deploy.api.grammars.wanted import WantedGrammar
 from deploy.api.http.access_log import note_outputs
 from deploy.api.http.asgi import EventStream
 from deploy.api.http.errors import INTERNAL_ERROR, ApiError, invalid_body
@@ -67,24 +69,31 @@ class ServedModel:
 class _EngineInputs:
     """A body prepared for the engine.
 
-    prompts: as token ids. shape: that of the answer. grammar: the one that every choice has to follow, None
+    prompts: as token ids. shape: that of the answer. wanted: the grammar that every choice has to follow, None
     for none.
     """
 
     prompts: list[list[int]]
     shape: Shape
-    grammar: str | None
+    wanted: WantedGrammar | None
 
 
 class Ingress:
     """The handlers of all routes. timeout_s: the limit of every request, None for none."""
 
     def __init__(
-        self, client: EngineClient, *, tokenizer: Tokenizer, model: ServedModel, timeout_s: float | None
+        self,
+        client: EngineClient,
+        *,
+        tokenizer: Tokenizer,
+        model: ServedModel,
+        grammars: GrammarPool,
+        timeout_s: float | None,
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
         self._model = model
+        self._grammars = grammars
         self._timeout_s = timeout_s
         self._chats = ChatFormat(tokenizer.chat_template)
         self._created = int(time.time())
@@ -96,7 +105,7 @@ class Ingress:
         self._check_model(body.model)
         limits = self._limits()
         _check_count(body.n, limits, param="n")
-        # In a thread, because a long prompt, or a grammar, must not hold up everybody's streams.
+        # In a thread, because a long prompt must not hold up everybody's streams.
         inputs = await asyncio.to_thread(self._chat_inputs, body, limits)
         return await self._answer(body, inputs)
 
@@ -163,7 +172,10 @@ class Ingress:
         self, body: ChatCompletionRequest | CompletionRequest, inputs: _EngineInputs
     ) -> Response:
         reply_id = f"{inputs.shape.id_prefix}-{uuid4().hex}"
-        requests = _requests(body, inputs, reply_id, self._model.defaults, timeout_s=self._timeout_s)
+        grammar = await self._grammar(inputs.wanted)
+        requests = _requests(
+            body, inputs.prompts, reply_id, self._model.defaults, grammar=grammar, timeout_s=self._timeout_s
+        )
         prompt_tokens = [len(prompt) for prompt in inputs.prompts]
         reply = Reply(
             inputs.shape,
@@ -184,6 +196,17 @@ class Ingress:
                 reply.add(index, output)
         return Response(reply.whole(), media_type="application/json")
 
+    async def _grammar(self, wanted: WantedGrammar | None) -> str | None:
+        """Return a grammar that a child process has compiled."""
+        if wanted is None:
+            return None
+        try:
+            return await self._grammars.compile(wanted)
+        except GrammarRefused as error:
+            raise ApiError(400, f"{wanted.field}: {error}", param=wanted.field) from error
+        except QueueFull as error:
+            raise too_many(error) from error
+
     def _chat_inputs(self, body: ChatCompletionRequest, limits: Limits) -> _EngineInputs:
         messages = [message.for_template() for message in body.messages]
         tools = [tool.for_template() for tool in body.offered]
@@ -201,7 +224,7 @@ class Ingress:
             new_reader=self._chats.new_reader(body, prompt=text),
             calls_finish=not body.names_tool,
         )
-        return _EngineInputs([prompt], shape, self._chats.grammar(body))
+        return _EngineInputs([prompt], shape, self._chats.wanted_grammar(body))
 
     def _completion_inputs(self, body: CompletionRequest, limits: Limits) -> _EngineInputs:
         prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
@@ -209,8 +232,7 @@ class Ingress:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
         shape = CompletionShape(self._tokenizer, body, prompts=prompts)
-        constraint = body.output_constraint()
-        return _EngineInputs(prompts, shape, constraint.compile() if constraint else None)
+        return _EngineInputs(prompts, shape, body.output_constraint())
 
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
@@ -285,15 +307,16 @@ def _parse(kind: type[Body], sent: bytes) -> Body:
 
 def _requests(
     body: ChatCompletionRequest | CompletionRequest,
-    inputs: _EngineInputs,
+    prompts: list[list[int]],
     reply_id: str,
     defaults: SamplingParams,
     *,
+    grammar: str | None,
     timeout_s: float | None,
 ) -> list[Request]:
     """Return n requests for each prompt; a request's place in the list is the index of its choice."""
     try:
-        params = [body.sampling(choice, defaults, grammar=inputs.grammar) for choice in range(body.n)]
+        params = [body.sampling(choice, defaults, grammar=grammar) for choice in range(body.n)]
     except ValueError as error:  # its message begins with the field: "top_p=2 must be ..."
         raise ApiError(400, str(error), param=str(error).partition("=")[0]) from error
     return [
@@ -304,7 +327,7 @@ def _requests(
             priority=body.priority,
             timeout_s=timeout_s,
         )
-        for place, prompt in enumerate(inputs.prompts)
+        for place, prompt in enumerate(prompts)
         for choice in range(body.n)
     ]
 

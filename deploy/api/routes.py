@@ -6,6 +6,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient
+from deploy.api.grammars.pool import GrammarPool
 from deploy.api.http.access_log import RequestLog
 from deploy.api.http.asgi import RequestGuard
 from deploy.api.http.errors import ApiError, answer_api_error, answer_http_error
@@ -73,14 +74,21 @@ READY = Operation(
 
 
 def build_ingress(
-    *, client: EngineClient, tokenizer: Tokenizer, model: ServedModel, config: ApiConfig
+    *,
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    model: ServedModel,
+    grammars: GrammarPool,
+    config: ApiConfig,
 ) -> FastAPI:
     """Return the endpoint as a FastAPI application.
 
     Raises ValueError for a file of API keys that cannot be read.
     """
     app = DescribedApp(model=model.name, keys=config.keys_file is not None)
-    _add_routes(app, Ingress(client, tokenizer=tokenizer, model=model, timeout_s=config.request_timeout_s))
+    timeout_s = config.request_timeout_s
+    ingress = Ingress(client, tokenizer=tokenizer, model=model, grammars=grammars, timeout_s=timeout_s)
+    _add_routes(app, ingress)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     # The middleware that is added last is the outermost.

@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +62,8 @@ class RouterReplica:
         self._args = args
         self._outboxes = Outboxes(on_abandoned=self._abandon)
         self._probes: dict[str, asyncio.Future[RequestOutput]] = {}
+        # Of their own: many grammars must not keep everything else that needs a thread waiting.
+        self._grammar_threads = ThreadPoolExecutor(2, "grammars")
         self._metrics = RouterMetrics()
         self._metrics_port: int | None = None
         self._engine: Engine | None = None
@@ -126,10 +129,13 @@ class RouterReplica:
         if self._draining:
             return Refusal("draining", "the server is stopping")
         prepare = self._engine.prepare
-        # A grammar may take a second to compile, in which other requests' tokens go on.
-        in_thread = request.params.grammar is not None
         try:
-            prepared = await asyncio.to_thread(prepare, request) if in_thread else prepare(request)
+            if request.params.grammar is None:
+                prepared = prepare(request)
+            else:
+                # An ingress has seen it compile within limits; still it takes a while, and tokens of others go on.
+                loop = asyncio.get_running_loop()
+                prepared = await loop.run_in_executor(self._grammar_threads, prepare, request)
             if ingress not in self._outboxes:  # it attached to an earlier router, or was dropped
                 return Refusal("lost", "the router was replaced, or did not hear from this ingress")
             self._engine.submit(prepared)

@@ -75,12 +75,17 @@ class Roster:
             kept = (plan.without(live) for plan in self._failed_plans)
             self._failed_plans = [plan for plan in kept if plan]
 
-    def fail(self, why: str, ones: Iterable[RunningRequest] | None = None) -> list[RequestOutput]:
-        """Forget these requests, or all, and return the outputs that tell them of an error."""
+    def fail(
+        self, why: str, ones: Iterable[RunningRequest] | None = None, *, at_fault: bool = False
+    ) -> list[RequestOutput]:
+        """Forget these requests, or all, and return the outputs that tell them of an error, see RequestOutput."""
         failed = [live.request.id for live in (self._live.values() if ones is None else ones)]
         for request_id in failed:
             self.forget(request_id)
-        return [RequestOutput(id=request_id, finish="error", error=why) for request_id in failed]
+        return [
+            RequestOutput(id=request_id, finish="error", error=why, at_fault=at_fault)
+            for request_id in failed
+        ]
 
     def expire(self, now: float) -> list[RequestOutput]:
         """Forget requests whose deadline has passed, and return their last outputs: each keeps the text that it has."""

@@ -7,6 +7,7 @@ from typing import Self
 from torch import Tensor
 
 from router.model.attention import Chunk
+from router.sampling.grammar import Guide
 from router.sampling.sampler import prompt_logprobs
 from router.schedule.running import RunningRequest
 
@@ -53,7 +54,8 @@ class StepPlan:
     """The rows of one step. A step that loses a shard is run again from its plan; nothing is committed before it succeeds.
 
     parts: in row order; those of one token, which attend as decoding rows, come first. chunks: theirs. tokens, positions:
-    of each row. kept_rows: the rows whose logits are needed, ascending.
+    of each row. kept_rows: the rows whose logits are needed, ascending. guides: of the requests that are sampled and have
+    a grammar.
     """
 
     parts: tuple[PlannedChunk, ...]
@@ -61,6 +63,7 @@ class StepPlan:
     tokens: list[int]
     positions: list[int]
     kept_rows: list[int]
+    guides: list[Guide]
 
     @classmethod
     def of(cls, counts: Iterable[tuple[RunningRequest, int]]) -> Self:
@@ -79,7 +82,8 @@ class StepPlan:
             tokens += part.running.tokens[start:end]
             positions += range(start, end)
             kept_rows += range(len(tokens) - part.num_kept, len(tokens))
-        return cls(parts, [part.chunk for part in parts], tokens, positions, kept_rows)
+        guides = [part.running.guide for part in parts if part.samples and part.running.guide]
+        return cls(parts, [part.chunk for part in parts], tokens, positions, kept_rows, guides)
 
     def one_by_one(self) -> list[Self]:
         """Return a plan for each request of this one."""

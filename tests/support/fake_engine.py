@@ -14,6 +14,8 @@ from fastapi import FastAPI
 
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
+from deploy.api.grammars import child
+from deploy.api.grammars.pool import GrammarPool
 from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
 from router.request import FinishReason, QueueFull, Request, RequestOutput, SamplingParams, TokenLogprob
@@ -134,6 +136,9 @@ def says(*texts: str, finish: FinishReason | None = "stop", logprobs: bool = Fal
 
 _BYTES = ByteTokenizer()
 
+GRAMMARS = GrammarPool(child.BYTES, vocab_size=262, served="all")
+"""Of all tests of a process, which share its children."""
+
 
 _engine: ContextVar[EngineClient] = ContextVar("engine")
 
@@ -176,19 +181,25 @@ class FakeIngress:
 
 
 def ingress_over(
-    engine: EngineClient, tokenizer: ByteTokenizer = _BYTES, *, config: ApiConfig = PLAIN
+    engine: EngineClient,
+    tokenizer: ByteTokenizer = _BYTES,
+    *,
+    config: ApiConfig = PLAIN,
+    grammars: GrammarPool = GRAMMARS,
 ) -> FakeIngress:
-    app = _plain(tokenizer) if config is PLAIN else _built(tokenizer, config)
-    return FakeIngress(app, engine)
+    shared = config is PLAIN and grammars is GRAMMARS
+    return FakeIngress(_plain(tokenizer) if shared else _built(tokenizer, config, grammars), engine)
 
 
-def _built(tokenizer: ByteTokenizer, config: ApiConfig) -> FastAPI:
-    return build_ingress(client=_EngineOfTheRequest(), tokenizer=tokenizer, model=MODEL, config=config)
+def _built(tokenizer: ByteTokenizer, config: ApiConfig, grammars: GrammarPool) -> FastAPI:
+    return build_ingress(
+        client=_EngineOfTheRequest(), tokenizer=tokenizer, model=MODEL, grammars=grammars, config=config
+    )
 
 
 @cache
 def _plain(tokenizer: ByteTokenizer) -> FastAPI:
-    return _built(tokenizer, PLAIN)
+    return _built(tokenizer, PLAIN, GRAMMARS)
 
 
 def http_client(app: FakeIngress) -> httpx.AsyncClient:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -14,10 +15,17 @@ from starlette.exceptions import HTTPException
 _TYPES = {429: "rate_limit_error"}
 
 
+MAX_WORD = 100
+"""Characters of a word in a message, such as a number or a name that a client sent."""
+
+MAX_MESSAGE = 1_000
+
+
 class ApiError(Exception):
     """An error that a request is answered with.
 
-    message: a sentence for the user, without secrets or tracebacks. param: dotted path of the field at fault.
+    message: a sentence for the user, without secrets or tracebacks; what it quotes of the client's is cut. param:
+    dotted path of the field at fault.
     code: OpenAI's word for the case, where it has one. retry_after_s: seconds after which the client may try
     again.
     """
@@ -31,10 +39,11 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
+        message = _cut(message)
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = param and _cut(param)
         self.code = code
         self.retry_after_s = retry_after_s
 
@@ -51,6 +60,18 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         return Response(self.body(), status_code=self.status, headers=headers, media_type="application/json")
 
+
+def _cut(message: str) -> str:
+    """Return a message with its middle left out if it is long, and the ends of its long words.
+
+    A client's value may stand in it, of megabytes or of 400 digits; done here, no message can forget to.
+    """
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+    return _LONG_WORD.sub(r"\1...", message)
+
+
+_LONG_WORD = re.compile(rf"(\S{{{MAX_WORD}}})\S+")
 
 INTERNAL_ERROR = ApiError(
     500, "Internal server error; the server's log has it under this response's x-request-id."

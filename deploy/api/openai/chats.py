@@ -1,14 +1,16 @@
 """ChatFormat: how one model thinks and calls tools, as its chat template says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from deploy.api.grammars.bounds import check_schema
+from deploy.api.grammars.wanted import WantedGrammar
 from deploy.api.http.errors import ApiError
 from deploy.api.openai.requests import ChatCompletionRequest
 from deploy.api.openai.structured import cannot_combine
 from deploy.api.reading.parts import ChatReader, PlainReader, Reader
 from deploy.api.reading.reasoning import ReasoningReader, is_open, thinks
 from deploy.api.reading.tool_formats import ToolFormat, calls_rules, format_of
-from router.sampling import grammar
 
 
 class ChatFormat:
@@ -21,27 +23,28 @@ class ChatFormat:
         self._thinks = thinks(template)
         self._tools = format_of(template)
 
-    def grammar(self, body: ChatCompletionRequest) -> str | None:
-        """Return the grammar that the whole answer has to follow, None if it is free. May take a while.
+    def wanted_grammar(self, body: ChatCompletionRequest) -> WantedGrammar | None:
+        """Return the form that the whole answer has to have, None if it is free.
 
         It covers thoughts, too: a constrained answer has none. Where a constraint is asked for and the model
-        may call tools, the grammar lets the model choose between them. Raises ApiError.
+        may call tools, the model may choose between them. Raises ApiError.
         """
         constraint = body.output_constraint()
         if not body.offered:
-            return constraint.compile() if constraint else None
+            return constraint
         if constraint and body.forced:
             raise cannot_combine(constraint.field, "tool_choice")
         if not constraint and not body.forced:
             return None
         functions = [tool.function for tool in body.forced or body.offered]
         several = body.parallel_tool_calls and not body.names_tool
-        rules = calls_rules(self._format().call_rules(functions), several=several)
+        call_rules = self._format().call_rules
         try:
-            forced = grammar.of_lark(f"start: calls\n{rules}")
+            check_schema([function.parameters for function in functions])
+            rules = calls_rules(call_rules(functions), several=several)
         except ValueError as error:
             raise ApiError(400, f"tools: {error}", param="tools") from error
-        return grammar.either(rules, "calls", constraint.compile()) if constraint else forced
+        return replace(constraint, calls=rules) if constraint else WantedGrammar("tools", "calls", rules)
 
     def new_reader(self, body: ChatCompletionRequest, *, prompt: str) -> Callable[[], Reader]:
         """Return a factory of readers of the answers to a rendered prompt.

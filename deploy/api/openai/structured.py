@@ -1,44 +1,18 @@
 """Structured outputs: the fields by which a body constrains the answer, OpenAI's response_format and vLLM's."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from deploy.api.grammars.wanted import Kind, WantedGrammar
 from deploy.api.http.errors import ApiError
 from deploy.api.openai.fields import NotServed, OpenAIBaseModel, accept_only
-from router.sampling import grammar
 
 Schema = dict[str, Any] | str
 Choices = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
-_KINDS = {
-    "json": grammar.of_json_schema,
-    "regex": grammar.of_regex,
-    "choice": grammar.of_choice,
-    "grammar": grammar.of_lark,
-}
-
-
-@dataclass(frozen=True)
-class OutputConstraint:
-    """The constraint that the whole answer has to meet.
-
-    field: the dotted path of the field that asks for it. kind: a key of _KINDS. value: the schema, regex,
-    choices or grammar.
-    """
-
-    field: str
-    kind: str
-    value: Any
-
-    def compile(self) -> str:
-        """Return the grammar of the constraint, which may take a while. Raises ApiError if it has none."""
-        try:
-            return _KINDS[self.kind](self.value)
-        except ValueError as error:
-            raise ApiError(400, f"{self.field}: {error}", param=self.field) from error
+_KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
 
 
 class JsonSchema(OpenAIBaseModel):
@@ -61,16 +35,12 @@ class ResponseFormat(OpenAIBaseModel):
             raise PydanticCustomError("missing", "Field required")
         return json_schema
 
-    def constraints(self) -> list[OutputConstraint]:
+    def constraints(self) -> list[WantedGrammar]:
         """Return the constraints that this object asks for."""
         if self.type == "json_schema":
             assert self.json_schema is not None
-            return [OutputConstraint("response_format", "json", self.json_schema.schema_)]
-        return (
-            [OutputConstraint("response_format", "json", {"type": "object"})]
-            if self.type == "json_object"
-            else []
-        )
+            return [WantedGrammar("response_format", "json", self.json_schema.schema_)]
+        return [WantedGrammar("response_format", "any_json", None)] if self.type == "json_object" else []
 
 
 class StructuredOutputs(OpenAIBaseModel):
@@ -81,12 +51,12 @@ class StructuredOutputs(OpenAIBaseModel):
     json_object: Annotated[Any, accept_only(False)] = None
     structural_tag: NotServed = None
 
-    def constraints(self) -> list[OutputConstraint]:
+    def constraints(self) -> list[WantedGrammar]:
         """Return the constraints that this object asks for."""
-        asked = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        values = (self.json_, self.regex, self.choice, self.grammar)
         return [
-            OutputConstraint(f"structured_outputs.{kind}", kind, value)
-            for kind, value in asked.items()
+            WantedGrammar(f"structured_outputs.{kind}", kind, value)
+            for kind, value in zip(_KINDS, values, strict=True)
             if value is not None
         ]
 
@@ -101,7 +71,7 @@ class StructuredOutputFields(OpenAIBaseModel):
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
 
-    def output_constraint(self) -> OutputConstraint | None:
+    def output_constraint(self) -> WantedGrammar | None:
         """Return the constraint of the answer, None if it is free.
 
         Raises ApiError if several fields ask for one.
@@ -114,7 +84,7 @@ class StructuredOutputFields(OpenAIBaseModel):
         ]
         for kind in _KINDS:
             if (value := getattr(self, f"guided_{kind}")) is not None:
-                constraints.append(OutputConstraint(f"guided_{kind}", kind, value))
+                constraints.append(WantedGrammar(f"guided_{kind}", kind, value))
         if len(constraints) > 1:
             raise cannot_combine(constraints[0].field, constraints[1].field)
         return constraints[0] if constraints else None

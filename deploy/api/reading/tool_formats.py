@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deploy.api.grammars.bounds import check_bytes
 from deploy.api.reading.tool_calls import (
     CLOSE,
     OPEN,
@@ -38,7 +39,8 @@ class ToolFormat:
     """The format of a model's tool calls.
 
     new_reader: makes the reader of an answer that may call these functions. call_rules: returns the Lark
-    rules of one call of one of these functions; the rule is named `call`.
+    rules of one call of one of these functions; the rule is named `call`. It raises ValueError where they would
+    be too long: GLM's repeat a schema's definitions for each of its properties.
     """
 
     new_reader: Callable[[Sequence[CallableFunction]], CallReader]
@@ -78,6 +80,7 @@ def _glm_rules(functions: Sequence[CallableFunction]) -> str:
         f"call: {literal(OPEN)} ({_alternatives('call', len(functions))}) {literal(CLOSE)}",
         'words[suffix="</arg_value>"]: /(?s:.*)/',
     ]
+    num_bytes = 0
     for place, function in enumerate(functions):
         schema = _schema(function)
         required = list_of(schema.get("required"))
@@ -87,6 +90,8 @@ def _glm_rules(functions: Sequence[CallableFunction]) -> str:
             pairs.append(name if key in required else f"{name}?")
             rules.append(f"{name}: {_glm_pair(key, name)}")
             rules.append(f"{name}_value: {_glm_value(of_value, schema)}")
+            num_bytes += len(rules[-1])
+            check_bytes(num_bytes, "tools' schemas")
         rules.append(f'call_{place}: {literal(function.name)} "\\n"? {" ".join(pairs)}')
     return "\n".join(rules)
 

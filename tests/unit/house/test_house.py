@@ -25,6 +25,7 @@ WINGS = (
     "deploy.api",
     "deploy.api.openai",
     "deploy.api.reading",
+    "deploy.api.grammars",
     "deploy.api.http",
     "deploy.fleet",
     "deploy.ray_private",

@@ -1,11 +1,18 @@
 """Grammars say which texts are allowed: tried with llguidance's matcher over a tokenizer of bytes."""
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from router.sampling import grammar
+from tests.support.json_schemas import random_schema
+
+BYTES = grammar.Grammars("byte", vocab_size=LLTokenizer("byte").vocab_size, eos=frozenset())
 
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 
@@ -67,4 +74,28 @@ def test_what_cannot_be_is_refused_in_llguidances_words(
     make: Callable[[object], str], value: object, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make(value)
+        BYTES.guide(make(value))
+
+
+def test_a_panic_is_not_told() -> None:
+    assert grammar.sentence("thread panicked at src/earley.rs:17: index out of bounds") == "it is too complex"
+    assert len(grammar.sentence("x" * 10**6)) < 300
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_limits_change_nothing_for_ordinary_schemas(seed: int) -> None:
+    """The masks of a whole answer are those of llguidance's own limits, computed alone."""
+    rng = random.Random(seed)
+    text = grammar.of_json_schema(random_schema(rng))
+    guide, plain = BYTES.guide(text), LLMatcher(LLTokenizer("byte"), text, log_level=0)
+    for _ in range(400):
+        BYTES.start_masks([guide])
+        mask = guide.allowed()
+        assert mask.tobytes() == plain.compute_bitmask()
+        token = rng.choice(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+        BYTES.accept([(guide, token)])
+        plain.consume_token(token)
+        assert (guide.error, guide.finished) == ("", plain.is_stopped())
+        if guide.finished:
+            break
