@@ -2,13 +2,15 @@
 
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from deploy.cli import loading
 from deploy.cli.loading import Loading
-from experts.progress import LINE_S
+from deploy.cli.readiness import status_lines
+from experts.progress import LINE_S, Progress
 from tests.unit.cli.test_launch import FakeClock
 
 
@@ -35,6 +37,19 @@ def test_a_line_for_a_tenth_and_not_too_often(clock: FakeClock, capsys: pytest.C
         "loading: shard 0: experts 51/100; shard 1: experts 0/100",
         "loading: shard 0: experts 60/100; shard 1: experts 0/100",
     ]
+
+
+def test_gigabytes_and_their_rate_are_shown(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
+    told = asdict(Progress(120, 516, "experts", done_bytes=31 * 10**8, total_bytes=134 * 10**8, seconds=1.4))
+    detail = {"shards": [{"rank": 0, "pid": 1, "loading": told}]}
+    with Loading() as shown:
+        shown.show(detail["shards"])
+        clock.sleep(LINE_S)
+        shown.show(detail["shards"])
+    assert capsys.readouterr().err == "loading: shard 0: experts 120/516, 3.1 of 13.4 GB, 2.2 GB/s\n"
+    assert status_lines(False, "shard 0 loads", detail)[-1] == (
+        "  shard rank 0, pid 1, loading experts 120/516, 3.1 of 13.4 GB, 2.2 GB/s"
+    )
 
 
 def test_what_loads_at_once_is_not_told(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:

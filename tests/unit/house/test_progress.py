@@ -36,6 +36,16 @@ def test_every_piece_is_reported_before_it_is_done_and_the_end() -> None:
     ]
 
 
+def test_bytes_tell_how_much_and_how_fast(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in each(range(3), "experts", show("shard 1"), sizes=[10**9, 2 * 10**9, 10**9]):
+        clock.sleep(LINE_S / 2)
+    assert caplog.messages == [
+        "shard 1: experts 2/3, 3.0 of 4.0 GB, 0.6 GB/s",
+        "shard 1: experts 3/3, 4.0 of 4.0 GB, 0.5 GB/s",
+    ]
+
+
 def test_a_log_has_a_line_now_and_then_and_the_last(
     clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
