@@ -59,7 +59,9 @@ class ShardActor:
         from experts.shard import load_shard
 
         spec, experts, device = self._spec, self._spec.experts, default_device()
-        torch.set_num_threads(experts.threads or os.cpu_count() or 1)
+        # On a GPU the host only starts kernels; a pool for each shard of the host would only be in the way.
+        usual = 1 if device.type == "cuda" else os.cpu_count() or 1
+        torch.set_num_threads(experts.threads or usual)
         with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
             self._placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
             self._shard = load_shard(
