@@ -11,27 +11,8 @@ from experts.checkpoint.byte_reader import AHEAD_BYTES, HELD_GROUPS, ByteReader,
 from experts.checkpoint.layouts import ExpertTensor
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.checkpoint.tensor_files import Span
+from experts.checkpoint.tensor_stream import dtype_of, tensor_at
 from experts.weights import ExpertWeights
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-}
-"""The dtypes of safetensors that torch has, too."""
 
 
 class _Part(NamedTuple):
@@ -76,7 +57,10 @@ class ExpertStream:
             self._experts, self._parts, self._groups, self._reader, strict=True
         ):
             there = self._upload(memory)
-            values = {part.tensor: _view(there, at, part) for part, at in zip(parts, group.at, strict=True)}
+            values = {
+                part.tensor: tensor_at(there, at, part.span)[part.columns]
+                for part, at in zip(parts, group.at, strict=True)
+            }
             yield self._checkpoint.assemble(layer, expert, values)
 
     def close(self) -> None:
@@ -91,8 +75,7 @@ class ExpertStream:
         for tensor in self._checkpoint.tensors_of(layer, expert):
             name, index = self._checkpoint.locate(tensor)
             span, rest = self._checkpoint.files.span(name, *index)
-            if span.dtype not in _DTYPES:
-                raise ValueError(f"{span.file}: {name} is stored as {span.dtype}, which is not supported")
+            dtype_of(span)  # an unknown one is refused before anything is read
             parts.append(_Part(tensor, span, rest))
         return parts
 
@@ -112,11 +95,3 @@ class ExpertStream:
 
 def _extent(span: Span) -> Extent:
     return Extent(span.file, span.offset, span.size)
-
-
-def _view(memory: Tensor, at: int, part: _Part) -> Tensor:
-    """Return the part that begins at this byte, in place unless it stands askew for its dtype."""
-    span, dtype = part.span, _DTYPES[part.span.dtype]
-    value = memory[at : at + span.size]
-    value = value.clone() if at % dtype.itemsize else value
-    return value.view(dtype).view(span.shape)[part.columns]

@@ -10,6 +10,7 @@ from experts.checkpoint.hf_config import read_config
 from experts.checkpoint.index import CheckpointIndex
 from experts.checkpoint.layouts import PARTS, ExpertTensor, count_layers, layer_of, parse_expert
 from experts.checkpoint.tensor_files import TensorFiles
+from experts.checkpoint.tensor_stream import read_tensors
 from experts.nvfp4 import GROUP, dequantize
 from experts.progress import Report, each, silent
 from experts.weights import ExpertWeights, Nvfp4Weight
@@ -135,8 +136,10 @@ def trunk_tensors(
             for name in files
             if not parse_expert(name) and (layer_of(name) or 0) < num_layers and not name.endswith(_CONSUMED)
         ]
-        for name in each(names, "tensors", report):
-            yield name.replace(".weight_packed", ".weight"), _read_trunk(files, name, dtype)
+        spans = [files.span(name)[0] for name in names]
+        values = read_tensors(spans)
+        for name in each(names, "tensors", report, sizes=[span.size for span in spans]):
+            yield name.replace(".weight_packed", ".weight"), _dequantize(files, name, next(values), dtype)
 
 
 _CONSUMED = (
@@ -154,9 +157,9 @@ _CONSUMED = (
 """The names of scales: those of weights, and those of activations and a KV cache, which the trunk does not quantise."""
 
 
-def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
+def _dequantize(files: TensorFiles, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the trunk as it is in the unquantised model. value: as it is stored."""
     stem = name.rpartition(".")[0]
-    value = files.read(name)
     if name.endswith(".weight_packed") and f"{stem}.weight_global_scale" in files:
         scale_2 = files.read(f"{stem}.weight_global_scale").reciprocal().reshape(())
         return dequantize(Nvfp4Weight(value, files.read(f"{stem}.weight_scale"), scale_2), dtype)
