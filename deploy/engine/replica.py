@@ -25,6 +25,7 @@ from deploy.engine.metrics import RouterMetrics
 from deploy.engine.outboxes import Outboxes
 from deploy.fleet.client import FleetClient
 from deploy.fleet.spec import FleetSpec, Refusal
+from deploy.kernel_caches import keep_kernels
 from deploy.within import within
 from experts.config import ExpertsConfig
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
@@ -57,6 +58,7 @@ class RouterReplica:
 
         It needs the user_config first, which says what the shards shall be.
         """
+        keep_kernels()
         logs.configure(args.api.log_format)
         self._args = args
         self._outboxes = Outboxes(on_abandoned=self._abandon)

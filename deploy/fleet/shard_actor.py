@@ -11,6 +11,7 @@ import ray
 
 from deploy import logs
 from deploy.fleet.spec import FleetSpec, ShardState, ShardStats
+from deploy.kernel_caches import keep_kernels
 from experts.fabric import ShardAddress
 from experts.fabric.tcp.layer_log import Layers
 from experts.placement import ExpertPlacement, place_evenly
@@ -28,6 +29,7 @@ class ShardActor:
     """
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
+        keep_kernels()
         logs.configure(spec.log_format)
         self._spec = spec
         self._rank = rank
