@@ -55,9 +55,31 @@ def silent(progress: Progress) -> None:
     """A Report that shows nothing."""
 
 
+@dataclass(frozen=True)
+class Took:
+    """The time that a finished work took, and the bytes that it was about, 0 where they say nothing."""
+
+    seconds: float
+    num_bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s"
+
+
+def took() -> dict[str, Took]:
+    """Return what each work of this process took when it was last done, by `name: work`, in the order of their first ends.
+
+    Only what was reported through show() is known.
+    """
+    return dict(_took)
+
+
+_took: dict[str, Took] = {}
+
+
 def show(name: str) -> Report:
-    """Return a Report to a person, as a bar or as lines. name: whose work it is, such as `shard 1`."""
-    return _Bar(name) if sys.stderr.isatty() else _Lines(name)
+    """Return a Report to a person, as a bar or as lines, which took() hears, too. name: whose work it is, such as `shard 1`."""
+    return _Timed(name, _Bar(name) if sys.stderr.isatty() else _Lines(name))
 
 
 def each(pieces: Sequence[T], work: str, report: Report, *, sizes: Sequence[int] = ()) -> Iterator[T]:
@@ -78,6 +100,23 @@ def each(pieces: Sequence[T], work: str, report: Report, *, sizes: Sequence[int]
         yield piece
         done_bytes += sizes[done] if sizes else 0
     report(progress(len(pieces)))
+
+
+class _Timed:
+    """A Report that notes when each work ends how long it took, and passes everything on."""
+
+    def __init__(self, name: str, onward: Report) -> None:
+        self._name = name
+        self._onward = onward
+        self._began: dict[str, float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        began = self._began.setdefault(progress.work, now)
+        self._onward(progress)
+        if progress.done == progress.total:
+            _took[f"{self._name}: {progress.work}"] = Took(now - began, progress.total_bytes)
+            del self._began[progress.work]
 
 
 class _Bar:

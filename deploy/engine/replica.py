@@ -28,6 +28,7 @@ from deploy.fleet.spec import FleetSpec, Refusal
 from deploy.kernel_caches import keep_kernels
 from deploy.within import within
 from experts.config import ExpertsConfig
+from experts.progress import Progress, show, took
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class RouterReplica:
         reason = await self._why_no_step(recent_is_enough=not in_doubt)
         detail: dict[str, Any] = {"router_pid": os.getpid(), **asdict(self._engine.status())}
         detail["metrics_port"] = self._metrics_port
+        detail["took"] = {work: asdict(one) for work, one in took().items()}
         refused = self._refused
         if overview is not None:
             detail["fleet_pid"] = overview.pid
@@ -231,8 +233,11 @@ class RouterReplica:
 
     async def _start_engine(self, experts: ExpertsConfig) -> None:
         # Imported here: torch and transformers take seconds, for which building the application need not wait.
+        report = show("router")
+        report(Progress(0, 1, "libraries"))
         from deploy.engine.build import build_engine
 
+        report(Progress(1, 1, "libraries"))
         loop = asyncio.get_running_loop()
 
         def to_loop(call: Callable[[T], None]) -> Callable[[T], None]:

@@ -15,7 +15,7 @@ from deploy.kernel_caches import keep_kernels
 from experts.fabric import ShardAddress
 from experts.fabric.tcp.layer_log import Layers
 from experts.placement import ExpertPlacement, place_evenly
-from experts.progress import Progress, show
+from experts.progress import Progress, show, took
 
 if TYPE_CHECKING:
     from experts.fabric.tcp.shard_end import ShardListener
@@ -51,6 +51,7 @@ class ShardActor:
 
         Raises ValueError for a checkpoint that cannot be served.
         """
+        self._report(Progress(0, 1, "libraries"))
         # Imported here, because the Fleet imports this class, and its start need not wait for torch.
         import torch
 
@@ -60,6 +61,7 @@ class ShardActor:
         from experts.fabric.tcp.shard_end import ShardListener
         from experts.shard import load_shard
 
+        self._report(Progress(1, 1, "libraries"))
         spec, experts, device = self._spec, self._spec.experts, default_device()
         # On a GPU the host only starts kernels; a pool for each shard of the host would only be in the way.
         usual = 1 if device.type == "cuda" else os.cpu_count() or 1
@@ -108,6 +110,7 @@ class ShardActor:
             layer_s=layers.seconds,
             resident_mib=_resident_mib(),
             loading=self._loading,
+            took=took(),
         )
 
     def note_epoch(self, epoch: int) -> None:

@@ -52,6 +52,18 @@ def test_gigabytes_and_their_rate_are_shown(clock: FakeClock, capsys: pytest.Cap
     )
 
 
+def test_status_says_what_the_parts_of_a_start_took() -> None:
+    parts = {
+        "shard 1: experts": {"seconds": 61.24, "num_bytes": 5},
+        "shard 1: kernels": {"seconds": 3, "num_bytes": 0},
+    }
+    detail = {"took": {}, "shards": [{"rank": 1, "loading": None, "took": parts}]}
+    assert status_lines(True, "", detail) == [
+        "ready",
+        "  shard rank 1, took shard 1: experts 61.2 s, shard 1: kernels 3.0 s",
+    ]
+
+
 def test_what_loads_at_once_is_not_told(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
     with Loading() as shown:
         for done in range(101):
