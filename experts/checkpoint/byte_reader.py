@@ -90,7 +90,7 @@ class ByteReader:
 
     The memory is the reader's: it holds the bytes until release(), which gives back the oldest group that was yielded.
     At most HELD_GROUPS may be held when the next one is asked for. All of it together is one ring of max(ahead_bytes, a few
-    of the largest groups), allocated once; nothing else of the files is in memory.
+    of the largest groups) or less, allocated once; nothing else of the files is in memory.
 
     pinned: the ring is page-locked, so that a GPU copies from it while the host goes on.
     Raises ValueError, naming the file, for one that ends too early, cannot be opened or read, or takes longer than READ_S.
@@ -104,10 +104,11 @@ class ByteReader:
         ahead_bytes: int = AHEAD_BYTES,
         num_threads: int = NUM_THREADS,
     ) -> None:
-        largest = max((group.size for group in groups), default=0)
+        sizes = [group.size for group in groups] or [ALIGN]
+        ring_bytes = min(sum(sizes), max(ahead_bytes, (HELD_GROUPS + 2) * max(sizes)))
         self._coming = deque(groups)
         self._reading: deque[tuple[Group, Tensor, list[Future[None]]]] = deque()
-        self._ring = _Ring(max(ahead_bytes, (HELD_GROUPS + 2) * largest), pinned=pinned)
+        self._ring = _Ring(ring_bytes, pinned=pinned)
         self._files = _Files()
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._hangs = False

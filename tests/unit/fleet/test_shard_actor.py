@@ -28,6 +28,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> ShardActor:
     """Its lease outlives this process."""
     context = SimpleNamespace(get_node_id=lambda: "node")
     monkeypatch.setattr(shard_actor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(shard_actor, "keep_kernels", lambda: None)  # it changes this process's environment
     monkeypatch.setattr(ShardActor, "_exit_without_lease", lambda actor: None)
     return ShardActor(fleet_spec(), 0, "app-shard-0-x")
 
