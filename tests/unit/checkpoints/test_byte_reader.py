@@ -201,21 +201,27 @@ def test_a_disk_that_hangs_is_given_up(files: list[Path], monkeypatch: pytest.Mo
             next(iter(reader))
     finally:
         lives.set()
-    for thread in _readers():
-        thread.join(10)
+    _join_readers()
 
 
 def test_who_stops_early_leaves_no_thread_and_no_file(files: list[Path]) -> None:
-    assert not _readers()
+    _join_readers()
     with ByteReader([group_of([Extent(files[0], n * ALIGN, ALIGN)]) for n in range(1000)]) as reader:
         next(iter(reader))
         assert _readers()
-    assert not _readers()
+    _join_readers()
     assert not [file for file in _open_files() if file.startswith(str(files[0].parent))]
 
 
 def _readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+
+
+def _join_readers() -> None:
+    """Wait for the threads of readers that were closed: there is nothing more for them to do."""
+    for thread in _readers():
+        thread.join(10)
+    assert not _readers()
 
 
 def _open_files() -> Iterator[str]:
