@@ -86,9 +86,7 @@ class TensorFiles:
         header = self._headers[file]
         entry = header.tensors[name]
         begin, end = entry["data_offsets"]
-        whole = Span(
-            self.path / file, header.size + begin, end - begin, entry["dtype"], tuple(entry["shape"])
-        )
+        whole = Span(header.path, header.size + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
         try:
             return part_of(whole, index)
         except IndexError as error:
@@ -163,8 +161,9 @@ def part_of(span: Span, index: tuple[int | slice, ...]) -> tuple[Span, tuple[sli
 
 
 class _Header(NamedTuple):
-    """The header of a *.safetensors file: its size in bytes, and what it says of each tensor."""
+    """The header of the *.safetensors file at this path: its size in bytes, and what it says of each tensor."""
 
+    path: Path
     size: int
     tensors: dict[str, Any]
 
@@ -173,7 +172,7 @@ def _read_header(path: Path) -> _Header:
     """Read the header of a file that safetensors has opened, and so checked."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return _Header(8 + length, json.loads(file.read(length)))
+        return _Header(path, 8 + length, json.loads(file.read(length)))
 
 
 def read_json(file: Path) -> dict[str, Any]:
