@@ -41,7 +41,8 @@ class ExpertStream:
         self._experts = experts
         self._device = device
         self._parts = [self._locate(layer, expert) for layer, expert in experts]
-        self.sizes = [sum(part.span.size for part in parts) for parts in self._parts]
+        spans = [{part.span for part in parts} for parts in self._parts]  # K-first, gate and up are in one
+        self.sizes = [sum(span.size for span in of_expert) for of_expert in spans]
         self._groups = [group_of([_extent(part.span) for part in parts]) for parts in self._parts]
         self._reader = ByteReader(self._groups, pinned=device.type == "cuda", ahead_bytes=AHEAD_BYTES)
         self._copies: deque[Any] = deque()

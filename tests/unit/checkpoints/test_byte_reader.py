@@ -204,6 +204,30 @@ def test_a_disk_that_hangs_is_given_up(files: list[Path], monkeypatch: pytest.Mo
     _join_readers()
 
 
+def test_an_error_does_not_wait_for_a_read_that_hangs(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, lives = threading.Event(), threading.Event()
+
+    def preadv(_: int, into: list[memoryview], offset: int) -> int:
+        if offset:
+            hangs.set()
+            lives.wait()
+            return 0
+        hangs.wait()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(byte_reader.os, "preadv", preadv)
+    group = group_of([Extent(files[0], 0, 10), Extent(files[0], 40960, 10)])
+    try:
+        with ByteReader([group]) as reader, pytest.raises(ValueError, match=r"cannot be read \(Input/output"):
+            next(iter(reader))
+        assert _readers(), "one still hangs"
+    finally:
+        lives.set()
+    _join_readers()
+
+
 def test_who_stops_early_leaves_no_thread_and_no_file(files: list[Path]) -> None:
     _join_readers()
     with ByteReader([group_of([Extent(files[0], n * ALIGN, ALIGN)]) for n in range(1000)]) as reader:

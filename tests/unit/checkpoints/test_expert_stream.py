@@ -99,6 +99,17 @@ def test_tensors_may_stand_askew_in_a_file(tmp_path: Path) -> None:
         assert_same_expert(ours, theirs)
 
 
+def test_sizes_are_those_of_every_layout_but_for_multipliers(tmp_path: Path) -> None:
+    plain = write_modelopt(tmp_path / "a", num_layers=1, num_experts=3, hidden=64, intermediate=32)
+    for n, write in enumerate(LAYOUTS.values()):
+        path = write(with_configs(plain), tmp_path / str(n))
+        with (
+            ExpertCheckpoint(path) as checkpoint,
+            ExpertStream(checkpoint, [(0, 2)], device=CPU) as stream,
+        ):
+            assert 0 < stream.sizes[0] - 3 * 64 * 32 * 9 // 16 <= 3 * 2 * 4
+
+
 def test_sizes_are_those_on_disk() -> None:
     with (
         ExpertCheckpoint(EXPERTS_ONLY) as checkpoint,
