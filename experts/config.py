@@ -36,7 +36,7 @@ class ExpertsConfig(Config):
     """Leave FlashInfer's micro kernels on for calls of backend `b12x` of up to 8 tokens, although they race."""
 
     threads: int | None = Field(default=None, ge=1)
-    """The CPU threads of each shard's kernel; None leaves it to torch, which takes every core. `cpu` uses one."""
+    """The CPU threads of each shard's torch; None takes every core, or one where the shard has a GPU. `cpu` uses one."""
 
 
 class FabricConfig(Config):

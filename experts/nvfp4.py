@@ -3,6 +3,8 @@
 value = e2m1(code) * e4m3(scale of its group) * scale_2. N out features, K in features, G = K / 16 groups of a row.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,12 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """Return the [..., K] float32 E2M1 values of [..., K/2] packed bytes."""
-    return _PAIRS.to(packed.device)[packed.int()].flatten(-2)
+    return _pairs(packed.device)[packed.int()].flatten(-2)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    return _PAIRS.to(device)
 
 
 def _block_scales(amax_NG: Tensor, scale_2: Tensor) -> Tensor:

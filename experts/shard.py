@@ -9,6 +9,7 @@ from torch import Tensor
 from experts.backends import DEFAULTS, ExpertBackend, KernelSettings, LocalPairs, PairCounts
 from experts.backends.pairs import local_pairs
 from experts.backends.registry import BACKENDS, resolve_backend
+from experts.checkpoint.expert_stream import ExpertStream
 from experts.checkpoint.reader import ExpertCheckpoint
 from experts.placement import EMPTY, ExpertPlacement
 from experts.progress import Report, each, silent
@@ -66,9 +67,13 @@ class ExpertShard:
             self._backend.write_slot(layer, slot, weights)
 
     def load(self, checkpoint: ExpertCheckpoint, placement: ExpertPlacement, *, report: Report) -> None:
-        """Fill every slot that the placement gives this rank. Only those experts are read from disk."""
-        for layer, slot, expert in each(list(slots_of(placement, self.rank)), "experts", report):
-            self.write_slot(layer, slot, checkpoint.read(layer, expert))
+        """Fill every slot that the placement gives this rank. Only those experts are read from disk, in the order of layers."""
+        slots = list(slots_of(placement, self.rank))
+        wanted = [(layer, expert) for layer, _, expert in slots]
+        with ExpertStream(checkpoint, wanted, device=self.device) as stream:
+            experts = iter(stream)
+            for layer, slot, _ in each(slots, "experts", report, sizes=stream.sizes):
+                self.write_slot(layer, slot, next(experts))
 
     def warm(self, *, top_k: int, report: Report) -> None:
         """Compile and set up what forwards need, so that no request waits for it: see ExpertBackend."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
-from experts.progress import Progress
+from experts.progress import Progress, Took
 
 
 class LaunchError(Exception):
@@ -55,7 +55,9 @@ def _shown(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
     texts = {key: f"{value:.1f}" if isinstance(value, float) else str(value) for key, value in detail.items()}
     if progress := loading_of(detail):
         texts["loading"] = str(progress)
-    return [(key, text) for key, text in texts.items() if detail[key] not in ("", None)]
+    if parts := detail.get("took"):
+        texts["took"] = ", ".join(f"{work} {Took(**one)}" for work, one in parts.items())
+    return [(key, text) for key, text in texts.items() if detail[key] not in ("", None, {})]
 
 
 def _get(url: str) -> tuple[int, bytes]:

@@ -26,8 +26,10 @@ from deploy.engine.metrics import RouterMetrics
 from deploy.engine.outboxes import Outboxes
 from deploy.fleet.client import FleetClient
 from deploy.fleet.spec import FleetSpec, Refusal
+from deploy.kernel_caches import keep_kernels
 from deploy.within import within
 from experts.config import ExpertsConfig
+from experts.progress import Progress, show, took
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class RouterReplica:
 
         It needs the user_config first, which says what the shards shall be.
         """
+        keep_kernels()
         logs.configure(args.api.log_format)
         self._args = args
         self._outboxes = Outboxes(on_abandoned=self._abandon)
@@ -178,6 +181,7 @@ class RouterReplica:
         reason = await self._why_no_step(recent_is_enough=not in_doubt)
         detail: dict[str, Any] = {"router_pid": os.getpid(), **asdict(self._engine.status())}
         detail["metrics_port"] = self._metrics_port
+        detail["took"] = {work: asdict(one) for work, one in took().items()}
         refused = self._refused
         if overview is not None:
             detail["fleet_pid"] = overview.pid
@@ -235,8 +239,11 @@ class RouterReplica:
 
     async def _start_engine(self, experts: ExpertsConfig) -> None:
         # Imported here: torch and transformers take seconds, for which building the application need not wait.
+        report = show("router")
+        report(Progress(0, 1, "libraries"))
         from deploy.engine.build import build_engine
 
+        report(Progress(1, 1, "libraries"))
         loop = asyncio.get_running_loop()
 
         def to_loop(call: Callable[[T], None]) -> Callable[[T], None]:

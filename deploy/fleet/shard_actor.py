@@ -11,10 +11,11 @@ import ray
 
 from deploy import logs
 from deploy.fleet.spec import FleetSpec, ShardState, ShardStats
+from deploy.kernel_caches import keep_kernels
 from experts.fabric import ShardAddress
 from experts.fabric.tcp.layer_log import Layers
 from experts.placement import ExpertPlacement, place_evenly
-from experts.progress import Progress, show
+from experts.progress import Progress, show, took
 
 if TYPE_CHECKING:
     from experts.fabric.tcp.shard_end import ShardListener
@@ -28,6 +29,7 @@ class ShardActor:
     """
 
     def __init__(self, spec: FleetSpec, rank: int, name: str) -> None:
+        keep_kernels()
         logs.configure(spec.log_format)
         self._spec = spec
         self._rank = rank
@@ -49,6 +51,7 @@ class ShardActor:
 
         Raises ValueError for a checkpoint that cannot be served.
         """
+        self._report(Progress(0, 1, "libraries"))
         # Imported here, because the Fleet imports this class, and its start need not wait for torch.
         import torch
 
@@ -58,8 +61,11 @@ class ShardActor:
         from experts.fabric.tcp.shard_end import ShardListener
         from experts.shard import load_shard
 
+        self._report(Progress(1, 1, "libraries"))
         spec, experts, device = self._spec, self._spec.experts, default_device()
-        torch.set_num_threads(experts.threads or os.cpu_count() or 1)
+        # On a GPU the host only starts kernels; a pool for each shard of the host would only be in the way.
+        usual = 1 if device.type == "cuda" else os.cpu_count() or 1
+        torch.set_num_threads(experts.threads or usual)
         with ExpertCheckpoint(Path(spec.checkpoint)) as checkpoint:
             self._placement = place_evenly(checkpoint.shape, num_ranks=experts.shards)
             self._shard = load_shard(
@@ -104,6 +110,7 @@ class ShardActor:
             layer_s=layers.seconds,
             resident_mib=_resident_mib(),
             loading=self._loading,
+            took=took(),
         )
 
     def note_epoch(self, epoch: int) -> None:

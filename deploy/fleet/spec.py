@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from deploy.logs import LogFormat
 from experts.config import ExpertsConfig
-from experts.progress import Progress
+from experts.progress import Progress, Took
 
 if TYPE_CHECKING:
     from experts.fabric import ShardAddress
@@ -59,7 +59,7 @@ class ShardStats:
     num_pairs: (token, expert) pairs computed. num_activated: experts with a pair, summed over every layer's
     forward. num_layers: forwards of a layer. num_rows: their tokens. layer_s: their seconds on the device,
     without the wire. resident_mib: memory of the process. loading: how far it has loaded, None once it
-    serves.
+    serves. took: what each part of its start took, see experts.progress.
     """
 
     rank: int
@@ -72,6 +72,7 @@ class ShardStats:
     num_rows: int = 0
     layer_s: float = 0.0
     loading: Progress | None = None
+    took: dict[str, Took] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

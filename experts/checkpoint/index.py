@@ -65,6 +65,18 @@ class CheckpointIndex:
         )
         return gate, up, down
 
+    def locate(self, tensor: ExpertTensor) -> tuple[str, tuple[int | slice, ...]]:
+        """Return the name of the tensor on disk that has this one, and the index of it there."""
+        if not self._stacked:
+            return self._name(tensor), ()
+        name = self._name(tensor.stacked())
+        if len(self.files.shape(name)) < 3:
+            return name, ()  # it is one multiplier for the whole layer
+        size = self.shape.intermediate
+        rows = {"gate": slice(0, size), "up": slice(size, 2 * size)}.get(tensor.matrix, slice(None))
+        assert tensor.expert is not None
+        return name, (tensor.expert, slice(None), rows) if self._k_first else (tensor.expert, rows)
+
     def other_names(self) -> Iterator[str]:
         """Yield the name of every tensor that read() does not read, file by file."""
         experts = set(self._names.values())
@@ -108,18 +120,6 @@ class CheckpointIndex:
             )
         gate, up, down = (ExpertTensor(layer, expert, matrix, "weight") for matrix in ("gate", "up", "down"))
         return gate, up, down
-
-    def _locate(self, tensor: ExpertTensor) -> tuple[str, tuple[int | slice, ...]]:
-        """Return the name of the tensor on disk, and the index of the wanted part of it."""
-        if not self._stacked:
-            return self._name(tensor), ()
-        name = self._name(tensor.stacked())
-        if len(self.files.shape(name)) < 3:
-            return name, ()  # it is one multiplier for the whole layer
-        size = self.shape.intermediate
-        rows = {"gate": slice(0, size), "up": slice(size, 2 * size)}.get(tensor.matrix, slice(None))
-        assert tensor.expert is not None
-        return name, (tensor.expert, slice(None), rows) if self._k_first else (tensor.expert, rows)
 
     def _name(self, tensor: ExpertTensor) -> str:
         if tensor not in self._names:

@@ -1,6 +1,6 @@
 """Reading checkpoints: ExpertCheckpoint reads routed experts one at a time, trunk_tensors() all other tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from experts.checkpoint.hf_config import read_config
 from experts.checkpoint.index import CheckpointIndex
 from experts.checkpoint.layouts import PARTS, ExpertTensor, count_layers, layer_of, parse_expert
 from experts.checkpoint.tensor_files import TensorFiles
+from experts.checkpoint.tensor_stream import read_tensors
 from experts.nvfp4 import GROUP, dequantize
 from experts.progress import Report, each, silent
 from experts.weights import ExpertWeights, Nvfp4Weight
@@ -24,56 +25,92 @@ class ExpertCheckpoint(CheckpointIndex):
     _framework = "pt"
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
-        """Read an NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken."""
+        """Read an NVFP4 expert. gate and up keep a scale_2 each; of their input scales the larger is taken.
+
+        This is the slow and obvious way; see ExpertStream for many experts.
+        """
+        values = {tensor: self._read(tensor) for tensor in self.tensors_of(layer, expert)}
+        return self.assemble(layer, expert, values)
+
+    def tensors_of(self, layer: int, expert: int) -> tuple[ExpertTensor, ...]:
+        """Return the tensors that an NVFP4 expert is made of."""
         if self.format == "dense":
             raise ValueError(
                 f"{self.path}: experts are not quantised; run `sparkmoe quantize {self.path} DST`"
             )
+        parts = PARTS[self.format]
+        wanted = (
+            parts.packed,
+            parts.scale,
+            parts.scale_2,
+            *(() if self.weights_only else (parts.input_scale,)),
+        )
+        return tuple(
+            matrix._replace(part=part) for matrix in self._matrices(layer, expert) for part in wanted
+        )
+
+    def assemble(self, layer: int, expert: int, values: Mapping[ExpertTensor, Tensor]) -> ExpertWeights:
+        """Return the expert that these tensors make, on their device, for whose answers nobody waits.
+
+        values: as they are stored, for each of tensors_of(). Where experts are stacked K-first, matrices are [in, out].
+        """
         gate, up, down = self._matrices(layer, expert)
         input_scale = down_input_scale = None
         if not self.weights_only:
-            input_scale = torch.maximum(self._input_scale(gate), self._input_scale(up))
-            down_input_scale = self._input_scale(down)
+            of_gate, of_up, down_input_scale = (
+                self._multiplier(matrix, PARTS[self.format].input_scale, values)
+                for matrix in (gate, up, down)
+            )
+            input_scale = torch.maximum(of_gate, of_up)
         return ExpertWeights(
-            self._nvfp4(gate), self._nvfp4(up), self._nvfp4(down), input_scale, down_input_scale
+            self._nvfp4(gate, values),
+            self._nvfp4(up, values),
+            self._nvfp4(down, values),
+            input_scale,
+            down_input_scale,
         )
 
     def read_dense(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read gate [I, D], up [I, D] and down [D, I] of an expert that is not quantised, in the checkpoint's dtype."""
         if self.format != "dense":
             raise ValueError(f"{self.path}: experts are already quantised ({self.format})")
-        gate, up, down = (self._read(m, m.size(self.shape), _FLOATS) for m in self._matrices(layer, expert))
+        gate, up, down = (
+            self._checked(m, self._read(m), m.size(self.shape), _FLOATS)
+            for m in self._matrices(layer, expert)
+        )
         return gate, up, down
 
-    def _nvfp4(self, matrix: ExpertTensor) -> Nvfp4Weight:
+    def _read(self, tensor: ExpertTensor) -> Tensor:
+        name, index = self.locate(tensor)
+        return self.files.read(name, *index)
+
+    def _nvfp4(self, matrix: ExpertTensor, values: Mapping[ExpertTensor, Tensor]) -> Nvfp4Weight:
         parts = PARTS[self.format]
         num_rows, num_cols = matrix.size(self.shape)
+        packed, scale = matrix._replace(part=parts.packed), matrix._replace(part=parts.scale)
         return Nvfp4Weight(
-            self._read(matrix._replace(part=parts.packed), (num_rows, num_cols // 2), (torch.uint8,)),
-            self._read(
-                matrix._replace(part=parts.scale), (num_rows, num_cols // GROUP), (torch.float8_e4m3fn,)
-            ),
-            self._multiplier(matrix._replace(part=parts.scale_2)),
+            self._checked(packed, values[packed], (num_rows, num_cols // 2), (torch.uint8,)),
+            self._checked(scale, values[scale], (num_rows, num_cols // GROUP), (torch.float8_e4m3fn,)),
+            self._multiplier(matrix, parts.scale_2, values),
         )
 
-    def _input_scale(self, matrix: ExpertTensor) -> Tensor:
-        return self._multiplier(matrix._replace(part=PARTS[self.format].input_scale))
-
-    def _multiplier(self, tensor: ExpertTensor) -> Tensor:
-        """Read a multiplier, float32 [], not inverted."""
-        value = self._read(tensor, (), (torch.float32,))
+    def _multiplier(self, matrix: ExpertTensor, part: str, values: Mapping[ExpertTensor, Tensor]) -> Tensor:
+        """Return a multiplier, float32 [], not inverted."""
+        tensor = matrix._replace(part=part)
+        value = self._checked(tensor, values[tensor], (), (torch.float32,))
         return value.reciprocal() if PARTS[self.format].inverse else value
 
-    def _read(self, tensor: ExpertTensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
-        """Read a tensor.
+    def _checked(
+        self, tensor: ExpertTensor, value: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> Tensor:
+        """Return a tensor as stored in the order [out, in].
 
         Raises ValueError if it has another shape or dtype; a scalar may be stored as [1].
         """
-        name, index = self._locate(tensor)
-        value = self.files.read(name, *index)
         value = value.T.contiguous() if self._k_first and value.ndim == 2 else value
         value = value.reshape(()) if value.numel() == 1 and not shape else value
         if tuple(value.shape) != shape or value.dtype not in dtypes:
+            name, _ = self.locate(tensor)
             raise ValueError(
                 f"{self.path}: {name} gives layer {tensor.layer}, expert {tensor.expert} a {value.dtype} tensor of "
                 f"shape {list(value.shape)}, but {list(shape)} of {dtypes[0]} was expected"
@@ -99,8 +136,10 @@ def trunk_tensors(
             for name in files
             if not parse_expert(name) and (layer_of(name) or 0) < num_layers and not name.endswith(_CONSUMED)
         ]
-        for name in each(names, "tensors", report):
-            yield name.replace(".weight_packed", ".weight"), _read_trunk(files, name, dtype)
+        spans = [files.span(name)[0] for name in names]
+        values = read_tensors(spans)
+        for name in each(names, "tensors", report, sizes=[span.size for span in spans]):
+            yield name.replace(".weight_packed", ".weight"), _dequantize(files, name, next(values), dtype)
 
 
 _CONSUMED = (
@@ -118,9 +157,9 @@ _CONSUMED = (
 """The names of scales: those of weights, and those of activations and a KV cache, which the trunk does not quantise."""
 
 
-def _read_trunk(files: TensorFiles, name: str, dtype: torch.dtype) -> Tensor:
+def _dequantize(files: TensorFiles, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the trunk as it is in the unquantised model. value: as it is stored."""
     stem = name.rpartition(".")[0]
-    value = files.read(name)
     if name.endswith(".weight_packed") and f"{stem}.weight_global_scale" in files:
         scale_2 = files.read(f"{stem}.weight_global_scale").reciprocal().reshape(())
         return dequantize(Nvfp4Weight(value, files.read(f"{stem}.weight_scale"), scale_2), dtype)

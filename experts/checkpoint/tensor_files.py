@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from safetensors import SafetensorError, safe_open
 
@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+
+
+class Span(NamedTuple):
+    """The bytes of a tensor, or of a part of one that lies in one piece, in a file.
+
+    offset: from the beginning of the file. size: in bytes. dtype: as safetensors spells it. shape: of the part.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class TensorFiles:
@@ -23,6 +36,7 @@ class TensorFiles:
         self.path = path
         self._framework: Literal["pt", "numpy"] = framework
         self._open: dict[str, safe_open] = {}
+        self._headers: dict[str, _Header] = {}
         self._file_of = self._index()
 
     def __enter__(self) -> Self:
@@ -58,6 +72,27 @@ class TensorFiles:
         Only these bytes are read from disk.
         """
         return self._slice(name)[index or ...].clone()
+
+    def span(self, name: str, *index: int | slice) -> tuple[Span, tuple[slice, ...]]:
+        """Return the shortest span that has all of tensor[index], and the index of that within the span's tensor.
+
+        The second is () where the span holds nothing else. index: numbers first, then slices without a step. No data
+        is read. Raises ValueError for a number beyond the tensor's size.
+        """
+        self._slice(name)  # which refuses a tensor that is not there and a file that is broken
+        file = self._file_of[name]
+        if file not in self._headers:
+            self._headers[file] = _read_header(self.path / file)
+        header = self._headers[file]
+        entry = header.tensors[name]
+        begin, end = entry["data_offsets"]
+        whole = Span(header.path, header.size + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+        try:
+            return part_of(whole, index)
+        except IndexError as error:
+            raise ValueError(
+                f"{self.path / file}: {name} {list(whole.shape)} has no part {index}; {_AGAIN}"
+            ) from error
 
     def _slice(self, name: str) -> Any:  # safetensors does not export the type
         """Return safetensors' handle of a tensor, whose data is not read yet."""
@@ -96,6 +131,48 @@ class TensorFiles:
             if not (self.path / file).is_file():
                 raise ValueError(f"{self.path / file}: missing, though {INDEX} names it; {_AGAIN}")
         return file_of
+
+
+def part_of(span: Span, index: tuple[int | slice, ...]) -> tuple[Span, tuple[slice, ...]]:
+    """Return the shortest span within a span that has all of tensor[index], see TensorFiles.span.
+
+    Raises IndexError for an index that the shape does not have.
+    """
+    if len(index) > len(span.shape):
+        raise IndexError(f"{len(index)} indices for the shape {span.shape}")
+    if not index or all(one == slice(None) for one in index):
+        return span, ()
+    first, *others = index
+    length, shape = span.shape[0], span.shape[1:]
+    row_bytes = span.size // length if length else 0
+    if isinstance(first, int):
+        if not 0 <= first < length:
+            raise IndexError(f"{first} is not below {length}")
+        row = span._replace(offset=span.offset + first * row_bytes, size=row_bytes, shape=shape)
+        return part_of(row, tuple(others))
+    start, stop, _ = first.indices(length)
+    num_rows = max(0, stop - start)
+    rows = span._replace(
+        offset=span.offset + start * row_bytes, size=num_rows * row_bytes, shape=(num_rows, *shape)
+    )
+    columns = tuple(one for one in others if isinstance(one, slice))
+    assert len(columns) == len(others), "numbers come before slices"
+    return rows, () if all(one == slice(None) for one in columns) else (slice(None), *columns)
+
+
+class _Header(NamedTuple):
+    """The header of the *.safetensors file at this path: its size in bytes, and what it says of each tensor."""
+
+    path: Path
+    size: int
+    tensors: dict[str, Any]
+
+
+def _read_header(path: Path) -> _Header:
+    """Read the header of a file that safetensors has opened, and so checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return _Header(path, 8 + length, json.loads(file.read(length)))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 S slots (num_blocks * block_size), G KV heads, D head dim.
 """
 
-import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,11 @@ from torch import Tensor
 from router.cache.fp8 import E4M3
 from router.config import KVCacheConfig
 from router.model_config import TrunkShape
+
+MEMINFO = Path("/proc/meminfo")
+
+HOST_BYTES = 8 * 2**30
+"""The memory of a machine with unified memory that is nobody's: operating system, Ray, page tables."""
 
 
 class LayerCache(NamedTuple):
@@ -63,9 +68,31 @@ def memory_for(config: KVCacheConfig, *, device: torch.device, set_aside: int = 
     if config.memory_gib != "auto":
         return int(config.memory_gib * 2**30)
     if device.type == "cpu":
-        return min(_available_on_host() // 4, 4 * 2**30)  # the experts, and other processes, need memory too
+        available = mem_available(MEMINFO.read_text())
+        return min(available // 4, 4 * 2**30)  # the experts, and other processes, need memory too
     free, total = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        free, total = of_unified_memory(total, available=mem_available(MEMINFO.read_text()))
     return left_over(free, total, own=torch.cuda.memory_allocated(device), set_aside=set_aside)
+
+
+def of_unified_memory(total: int, *, available: int) -> tuple[int, int]:
+    """Return the bytes that a GPU which shares the host's memory has free, and in all.
+
+    What CUDA calls free there is the kernel's MemFree, which counts the page cache as used: it would depend on what was
+    read before. MemAvailable does not. HOST_BYTES are left to the host, which else stands still without an OOM kill.
+    total: as CUDA says. available: the kernel's MemAvailable.
+    """
+    return max(0, min(available, total) - HOST_BYTES), max(0, total - HOST_BYTES)
+
+
+def mem_available(meminfo: str) -> int:
+    """Return the bytes that processes can have without swapping: MemAvailable of /proc/meminfo.
+
+    MemFree would leave out the page cache, which the kernel gives up for them.
+    """
+    line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def left_over(free: int, total: int, *, own: int, set_aside: int) -> int:
@@ -99,7 +126,3 @@ def num_blocks_for(shape: TrunkShape, num_bytes: int, *, block_size: int, dtype:
             f"{block_size} tokens of {bytes_per_token} bytes each; set router.kv_cache.memory_gib"
         )
     return num_blocks
-
-
-def _available_on_host() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

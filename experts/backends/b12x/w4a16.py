@@ -104,7 +104,10 @@ class W4A16Layer:
         )
 
     def _repack(self) -> Any:
-        """Return the library's W4A16PackedWeights of the one expert in `_one`."""
+        """Return the library's W4A16PackedWeights of the one expert in `_one`.
+
+        Waits for the device four times, because the library looks for the largest scales on the host.
+        """
         from flashinfer.fused_moe.cute_dsl.blackwell_sm12x.moe_w4a16_prepare import (
             prepare_w4a16_packed_weights,
         )

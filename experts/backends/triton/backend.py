@@ -5,7 +5,6 @@ and K inputs, J = K / 2.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from experts.backends import ExpertBackend
 from experts.backends.triton import kernels as triton_kernels
 from experts.nvfp4 import GROUP
 from experts.progress import Progress
-from experts.weights import ExpertWeights, MoEShape, Nvfp4Weight
+from experts.weights import ExpertWeights, MoEShape
 
 kernels: Any = triton_kernels  # pyright does not know the calls of Triton's language
 
@@ -224,15 +223,25 @@ class Layer:
         self.scale_2_e3 = torch.zeros(num_slots, 3, device=device)
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
-        """Pack an expert's weights into a slot, in place."""
-        in_turn = (tensor[slot].unflatten(0, (-1, 2, 8)).unbind(1) for tensor in self.gate_up)
-        for w, into in zip((weights.gate, weights.up), zip(*in_turn, strict=True), strict=True):
-            order_N = order_of(len(w.packed)).to(w.packed.device)
-            scale = w.scale.view(torch.uint8)[order_N].view(w.scale.dtype)
-            _write(replace(w, packed=w.packed[order_N], scale=scale), *into)
-        _write(weights.down, *(tensor[slot] for tensor in self.down))
-        scale_2 = torch.stack([w.scale_2.float() for w in (weights.gate, weights.up, weights.down)])
+        """Pack an expert's weights into a slot, in place, on the device, for which the host does not wait."""
+        gate, up, down = weights.gate, weights.up, weights.down
+        rows_N = gate_up_rows(len(gate.packed), gate.packed.device)
+        write_matrix(
+            torch.cat((gate.packed, up.packed)).index_select(0, rows_N),
+            torch.cat((gate.scale.view(torch.uint8), up.scale.view(torch.uint8))).index_select(0, rows_N),
+            into=self.gate_up,
+            slot=slot,
+        )
+        write_matrix(down.packed, down.scale.view(torch.uint8), into=self.down, slot=slot)
+        scale_2 = torch.stack([w.scale_2.float() for w in (gate, up, down)])
         self.scale_2_e3[slot].copy_(scale_2 * 2.0**kernels.SCALE_SHIFT)
+
+
+@cache
+def gate_up_rows(num_outputs: int, device: torch.device) -> Tensor:
+    """Return int64 [2N]: the row of [gate; up] that stands at each row of Layer.gate_up. num_outputs: of gate."""
+    order_N = order_of(num_outputs).reshape(-1, 8)
+    return torch.stack((order_N, num_outputs + order_N), dim=1).flatten().to(device)
 
 
 @cache  # a model has two sizes of matrices, and thousands of each
@@ -262,11 +271,47 @@ def pack(low_NJ: Tensor, high_NJ: Tensor) -> Tensor:
     return (pairs[..., 0] | pairs[..., 1] << 16).view(torch.uint8)
 
 
-def _write(w: Nvfp4Weight, packed_NJ: Tensor, scale_NGh: Tensor) -> None:
-    codes_NK = torch.stack([w.packed & 0xF, w.packed >> 4], dim=-1).flatten(1)
-    low_NJ, high_NJ = codes_NK[:, order_of(codes_NK.shape[1]).to(codes_NK.device)].chunk(2, dim=1)
-    packed_NJ.copy_(pack(low_NJ, high_NJ).view_as(packed_NJ))
-    scale_NGh.copy_(torch.stack(w.scale.view(torch.uint8).chunk(2, dim=1), dim=-1).view_as(scale_NGh))
+@cache
+def word_table(device: torch.device) -> Tensor:
+    """Return int32 [4 * 256]: what each of the four bytes of a word's codes adds to the word of `pack`.
+
+    The first two bytes are of the low codes, the others of the high ones. A byte has its first code in its low nibble.
+    """
+    byte = torch.arange(256, dtype=torch.uint8)
+    codes = torch.stack((byte & 0xF, byte >> 4), dim=-1)
+    none = torch.zeros_like(codes)
+    first, second, nothing = (
+        torch.cat(pair, dim=-1) for pair in ((codes, none), (none, codes), (none, none))
+    )
+    words = pack(first, nothing), pack(second, nothing), pack(nothing, first), pack(nothing, second)
+    return torch.cat([word.view(torch.int32).flatten() for word in words]).to(device)
+
+
+@cache
+def table_places(device: torch.device) -> Tensor:
+    """Return int32 [2, 1, 2]: where in word_table the bytes of low and high codes begin."""
+    return torch.arange(0, 4 * 256, 256, dtype=torch.int32).reshape(2, 1, 2).to(device)
+
+
+@cache
+def byte_pairs(num_inputs: int, device: torch.device) -> Tensor:
+    """Return int64 [K / 4]: the pair of a row's packed bytes that stands at each place; order_of moves four inputs together."""
+    return (order_of(num_inputs)[::4] // 4).to(device)
+
+
+def write_matrix(packed_NB: Tensor, scale_NG: Tensor, *, into: Matrix, slot: int) -> None:
+    """Write a matrix whose rows are in their order already. packed: as in a checkpoint, two inputs a byte; scale: uint8.
+
+    This is `pack` after order_of, in few operations, because a host needs longer to start one than a GPU to do it.
+    """
+    num_outputs, num_bytes = packed_NB.shape
+    device = packed_NB.device
+    pairs = packed_NB.unflatten(1, (-1, 2)).index_select(1, byte_pairs(2 * num_bytes, device))
+    places = pairs.view(num_outputs, 2, -1, 2) + table_places(device)  # low and high, word, byte
+    parts = word_table(device).index_select(0, places.flatten()).view_as(places)
+    words = parts.sum(dim=(1, 3), dtype=torch.int32)  # no two parts of a word have a bit in common
+    into.packed_eNJ[slot].copy_(words.view(torch.uint8))
+    into.scale_eNGh[slot].copy_(scale_NG.unflatten(1, (2, -1)).mT)
 
 
 def _fit(tiles: Tiles, num_outputs: int, num_inputs: int) -> Tiles:

@@ -18,9 +18,10 @@ from experts.weights import MoEShape
 
 pytest.importorskip("triton", reason="triton is of the extra gpu, and for Linux only")
 
-from experts.backends.triton.backend import order_of, pack, tiles
+from experts.backends.triton.backend import Matrix, gate_up_rows, order_of, pack, tiles, write_matrix
 from tests.support.places import ROOT
 
+CPU = torch.device("cpu")
 MULTIPLES_OF_64 = st.integers(1, 96).map(lambda n: 64 * n)
 
 
@@ -51,6 +52,28 @@ def test_packed_codes_are_bfloat16s_after_a_shift_and_a_mask() -> None:
     for codes, found in zip(codes_NJ, (values[:2], values[2:]), strict=True):
         truth = unpack(codes | codes << 4)[..., ::2]
         assert torch.equal(torch.cat(found, dim=-1).flatten(1), truth.double())
+
+
+@given(MULTIPLES_OF_64, st.integers(0, 2**32))
+def test_bytes_become_words_as_their_codes_do(num_inputs: int, seed: int) -> None:
+    """`pack` is the obvious way from codes; the tables, and pairs of bytes that move together, are the quick one."""
+    random = torch.Generator().manual_seed(seed)
+    packed_NB = torch.randint(256, (3, num_inputs // 2), dtype=torch.uint8, generator=random)
+    codes_NK = torch.stack([packed_NB & 0xF, packed_NB >> 4], dim=-1).flatten(1)
+    scale_NG = torch.randint(256, (3, num_inputs // 16), dtype=torch.uint8, generator=random)
+    into = Matrix.zeros(2, 3, num_inputs, CPU)
+    write_matrix(packed_NB, scale_NG, into=into, slot=1)
+    low_NJ, high_NJ = codes_NK[:, order_of(num_inputs)].chunk(2, dim=1)
+    assert torch.equal(into.packed_eNJ[1], pack(low_NJ, high_NJ))
+    assert torch.equal(into.scale_eNGh[1].mT.flatten(1), scale_NG)
+    assert not into.packed_eNJ[0].any()
+
+
+@given(MULTIPLES_OF_64)
+def test_rows_of_gate_and_up_take_turns(num_outputs: int) -> None:
+    rows = gate_up_rows(num_outputs, CPU).reshape(-1, 2, 8)
+    assert torch.equal(rows[:, 0].flatten(), order_of(num_outputs)), "gate's"
+    assert torch.equal(rows[:, 1].flatten(), num_outputs + order_of(num_outputs)), "up's"
 
 
 @given(MULTIPLES_OF_64)

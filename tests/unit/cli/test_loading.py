@@ -2,13 +2,15 @@
 
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from deploy.cli import loading
 from deploy.cli.loading import Loading
-from experts.progress import LINE_S
+from deploy.cli.readiness import status_lines
+from experts.progress import LINE_S, Progress
 from tests.unit.cli.test_launch import FakeClock
 
 
@@ -34,6 +36,31 @@ def test_a_line_for_a_tenth_and_not_too_often(clock: FakeClock, capsys: pytest.C
         "loading: shard 0: experts 30/100; shard 1: experts 0/100",
         "loading: shard 0: experts 51/100; shard 1: experts 0/100",
         "loading: shard 0: experts 60/100; shard 1: experts 0/100",
+    ]
+
+
+def test_gigabytes_and_their_rate_are_shown(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
+    told = asdict(Progress(120, 516, "experts", done_bytes=31 * 10**8, total_bytes=134 * 10**8, seconds=1.4))
+    detail = {"shards": [{"rank": 0, "pid": 1, "loading": told}]}
+    with Loading() as shown:
+        shown.show(detail["shards"])
+        clock.sleep(LINE_S)
+        shown.show(detail["shards"])
+    assert capsys.readouterr().err == "loading: shard 0: experts 120/516, 3.1 of 13.4 GB, 2.2 GB/s\n"
+    assert status_lines(False, "shard 0 loads", detail)[-1] == (
+        "  shard rank 0, pid 1, loading experts 120/516, 3.1 of 13.4 GB, 2.2 GB/s"
+    )
+
+
+def test_status_says_what_the_parts_of_a_start_took() -> None:
+    parts = {
+        "shard 1: experts": {"seconds": 61.24, "num_bytes": 5},
+        "shard 1: kernels": {"seconds": 3, "num_bytes": 0},
+    }
+    detail = {"took": {}, "shards": [{"rank": 1, "loading": None, "took": parts}]}
+    assert status_lines(True, "", detail) == [
+        "ready",
+        "  shard rank 1, took shard 1: experts 61.2 s, shard 1: kernels 3.0 s",
     ]
 
 

@@ -1,13 +1,24 @@
 """BlockTables: blocks are conserved whatever is asked; and how many of them a memory holds."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from router.cache import kv_cache
 from router.cache.block_tables import BlockPool, BlockTables, extend_keys
-from router.cache.kv_cache import KVCache, left_over, memory_for, num_blocks_for
+from router.cache.kv_cache import (
+    KVCache,
+    left_over,
+    mem_available,
+    memory_for,
+    num_blocks_for,
+    of_unified_memory,
+)
 from router.config import KVCacheConfig
 from tests.support.paged import shape_of
 
@@ -164,6 +175,53 @@ def test_refuses_memory_for_no_block() -> None:
 def test_memory_is_what_the_file_says_or_what_is_left() -> None:
     assert memory_for(KVCacheConfig(memory_gib=0.5), device=CPU) == 2**29
     assert 0 < memory_for(KVCacheConfig(), device=CPU) <= 4 * 2**30
+
+
+SPARK = """\
+MemTotal:       127601452 kB
+MemFree:         31457280 kB
+MemAvailable:   104857600 kB
+Buffers:           204800 kB
+Cached:          73400320 kB
+"""
+"""A DGX Spark whose trunk of 14 GiB is loaded, and whose page cache has 70 GiB of something."""
+
+
+def test_the_page_cache_is_not_used_memory() -> None:
+    assert mem_available(SPARK) == 100 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("available_gib", "left_gib"),
+    [
+        pytest.param(100, 102.3 - 14 - 33, id="the shard is still to come"),
+        pytest.param(67, 53.1, id="the shard has loaded"),
+        pytest.param(40, 28.8, id="others hold 27 GiB"),
+        pytest.param(6, 0, id="nothing but the host's share"),
+        pytest.param(123, 102.3 - 14 - 33, id="more than CUDA's total"),
+    ],
+)
+def test_unified_memory_is_what_the_host_can_spare(available_gib: int, left_gib: float) -> None:
+    """Of 121.7 GiB the host keeps 8, activations get a tenth of the rest; the trunk has 14, the shard takes 33."""
+    gib = 2**30
+    free, total = of_unified_memory(127_601_452 * 1024, available=available_gib * gib)
+    left = left_over(free, total, own=14 * gib, set_aside=33 * gib)
+    assert left / gib == pytest.approx(left_gib, abs=0.1)
+
+
+def test_a_gpu_with_unified_memory_is_asked_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CUDA's own 30 GiB of free memory are what the page cache left."""
+    (tmp_path / "meminfo").write_text(SPARK)
+    monkeypatch.setattr(kv_cache, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30 * 2**30, 127_601_452 * 1024))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 14 * 2**30)
+    for is_integrated, left_gib in ((True, 82.8), (False, 27.0)):
+        properties = SimpleNamespace(is_integrated=is_integrated)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        left = memory_for(KVCacheConfig(), device=torch.device("cuda"))
+        assert left / 2**30 == pytest.approx(left_gib, abs=0.1)
 
 
 @pytest.mark.parametrize("shard_has_loaded", [False, True])

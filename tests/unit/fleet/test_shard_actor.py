@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 
+import experts.device
 from deploy.fleet import ray_shards, shard_actor
 from deploy.fleet.shard_actor import ShardActor
 from deploy.fleet.spec import NAMESPACE
@@ -26,6 +28,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> ShardActor:
     """Return an actor whose lease outlives this process."""
     context = SimpleNamespace(get_node_id=lambda: "node")
     monkeypatch.setattr(shard_actor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(shard_actor, "keep_kernels", lambda: None)  # it changes this process's environment
     monkeypatch.setattr(ShardActor, "_exit_without_lease", lambda actor: None)
     return ShardActor(fleet_spec(), 0, "app-shard-0-x")
 
@@ -43,6 +46,23 @@ def test_what_a_user_chose_of_the_experts_reaches_the_kernel(
     assert load.call_args.kwargs["settings"] == KernelSettings(scales="baked", micro=True)
 
 
+@pytest.mark.parametrize(
+    ("device", "threads", "wanted"), [("cpu", None, 7), ("cpu", 3, 3), ("cuda", None, 1), ("cuda", 3, 3)]
+)
+def test_a_shard_with_a_gpu_starts_no_thread_for_each_core(
+    actor: ShardActor, monkeypatch: pytest.MonkeyPatch, device: str, threads: int | None, wanted: int
+) -> None:
+    set_num_threads = Mock()
+    monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
+    monkeypatch.setattr(shard_actor.os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(experts.device, "default_device", lambda: torch.device(device))
+    monkeypatch.setattr(shard, "load_shard", Mock(side_effect=InterruptedError))
+    actor._spec = replace(actor._spec, experts=ExpertsConfig(shards=2, threads=threads))
+    with pytest.raises(InterruptedError):
+        actor.load()
+    set_num_threads.assert_called_once_with(wanted)
+
+
 def test_a_shard_tells_how_far_it_is_while_it_loads(
     actor: ShardActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +78,13 @@ def test_a_shard_tells_how_far_it_is_while_it_loads(
     assert actor.stats().loading == Progress(0, 1, "libraries")
     actor.load()
     assert actor.stats().loading is None
-    assert told == [Progress(done, 6 * 16, "experts") for done in range(6 * 16)]
+    assert [(one.work, one.done, one.total) for one in told if one] == [
+        ("experts", done, 6 * 16) for done in range(6 * 16)
+    ]
+    size = told[1].done_bytes if told[1] else 0
+    assert [(one.done_bytes, one.total_bytes) for one in told if one] == [
+        (size * done, size * 6 * 16) for done in range(6 * 16)
+    ]
 
 
 def test_a_new_watch_releases_the_one_before(actor: ShardActor) -> None:

@@ -29,7 +29,7 @@ WINGS = (
     "deploy.api.http",
     "deploy.fleet",
     "deploy.ray_private",
-    "deploy.logs deploy.paths deploy.version deploy.within",
+    "deploy.kernel_caches deploy.logs deploy.paths deploy.version deploy.within",
     "router.engine router.calibrate",
     "router.schedule",
     "router.model",

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experts import progress
-from experts.progress import LINE_S, Progress, each, show
+from experts.progress import LINE_S, Progress, Took, each, show, took
 from tests.unit.cli.test_launch import FakeClock
 
 
@@ -34,6 +34,26 @@ def test_every_piece_is_reported_before_it_is_done_and_the_end() -> None:
         "b",
         Progress(2, 2, "letters"),
     ]
+
+
+def test_bytes_tell_how_much_and_how_fast(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in each(range(3), "experts", show("shard 1"), sizes=[10**9, 2 * 10**9, 10**9]):
+        clock.sleep(LINE_S / 2)
+    assert caplog.messages == [
+        "shard 1: experts 2/3, 3.0 of 4.0 GB, 0.6 GB/s",
+        "shard 1: experts 3/3, 4.0 of 4.0 GB, 0.5 GB/s",
+    ]
+
+
+def test_what_a_work_took_is_known_when_it_is_over(clock: FakeClock) -> None:
+    report = show("shard 7")
+    report(Progress(0, 1, "kernels"))
+    for _ in each(range(3), "experts", report, sizes=[4, 5, 6]):
+        assert "shard 7: experts" not in took()
+        clock.sleep(2)
+    assert took()["shard 7: experts"] == Took(6.0, 15)
+    assert "shard 7: kernels" not in took()
 
 
 def test_a_log_has_a_line_now_and_then_and_the_last(

@@ -125,6 +125,7 @@ async def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     monkeypatch.setattr(build, "build_engine", build_fake_engine)
     monkeypatch.setattr(replica, "_metrics_port", lambda: 8080)
     monkeypatch.setattr(replica, "_num_gpus", lambda: 0.0)
+    monkeypatch.setattr(replica, "keep_kernels", lambda: None)  # it changes this process's environment
     monkeypatch.setattr(replica, "FleetClient", FakeFleet)
     monkeypatch.setattr(replica.serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
     monkeypatch.setattr(replica, "PROBE_S", 0.05)
