@@ -33,12 +33,14 @@ from deploy.api.openai.chat_shape import ChatShape
 from deploy.api.openai.chats import ChatFormat
 from deploy.api.openai.completion_shape import CompletionShape
 from deploy.api.openai.fields import ignored_fields
+from deploy.api.openai.limits import named_fields, too_many_items
 from deploy.api.openai.reply import Reply, server_sent, to_json
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Shape, Vocabulary
 from deploy.api.openai.tokenize import DetokenizeRequest, TokenizeRequest, TokenizerLike, tokenize
 from deploy.version import version
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
+from router.text.too_long import TooLong
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class Ingress:
     async def chat_completions(self, http: HttpRequest) -> Response:
         """Answer a chat."""
         self._check_room()
-        body = _parse(ChatCompletionRequest, await http.body())
+        body = _parse(ChatCompletionRequest, await http.body(), self._limits())
         self._check_model(body.model)
         limits = self._limits()
         _check_count(body.n, limits, param="n")
@@ -103,7 +105,7 @@ class Ingress:
     async def completions(self, http: HttpRequest) -> Response:
         """Continue a text."""
         self._check_room()
-        body = _parse(CompletionRequest, await http.body())
+        body = _parse(CompletionRequest, await http.body(), self._limits())
         self._check_model(body.model)
         limits = self._limits()
         _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
@@ -112,21 +114,28 @@ class Ingress:
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """Return the tokens of a text or a chat."""
-        body = _parse(TokenizeRequest, await http.body())
+        body = _parse(TokenizeRequest, await http.body(), self._limits())
         self._check_model(body.model or self._model.name)
         most = self._limits().max_model_len
         try:
-            answer = await asyncio.to_thread(tokenize, body, self._tokenizer, max_model_len=most)
+            answer = await asyncio.to_thread(
+                lambda: to_json(tokenize(body, self._tokenizer, max_model_len=most))
+            )
+        except TooLong as error:
+            raise _too_long(error, param="messages" if body.prompt is None else "prompt") from error
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return _json_response(answer)
+        return Response(answer, media_type="application/json")
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """Return the text of tokens, including that of special ones."""
-        body = _parse(DetokenizeRequest, await http.body())
+        body = _parse(DetokenizeRequest, await http.body(), self._limits())
         self._check_model(body.model or self._model.name)
+        most = self._limits().max_model_len
+        if len(body.tokens) > most:
+            raise _too_long(TooLong.in_tokens(len(body.tokens), max_tokens=most), param="tokens")
         self._check_ids(body.tokens, param="tokens")
-        prompt = await asyncio.to_thread(self._tokenizer.decode, body.tokens, skip_special_tokens=False)
+        prompt = await asyncio.to_thread(self._tokenizer.decode_long, body.tokens, skip_special_tokens=False)
         return _json_response({"prompt": prompt})
 
     async def models(self) -> Response:
@@ -193,7 +202,10 @@ class Ingress:
             )
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        prompt = self._tokenizer.encode_rendered(text)
+        try:
+            prompt = self._tokenizer.encode_rendered(text, at_most=limits.max_model_len)
+        except TooLong as error:
+            raise _too_long(error, param="messages") from error
         self._check_prompt(prompt, limits, param="messages", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
         shape = ChatShape(
@@ -204,7 +216,13 @@ class Ingress:
         return _EngineInputs([prompt], shape, self._chats.grammar(body))
 
     def _completion_inputs(self, body: CompletionRequest, limits: Limits) -> _EngineInputs:
-        prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
+        most = limits.max_model_len
+        try:
+            prompts = [
+                self._tokenizer.encode(p, at_most=most) if isinstance(p, str) else p for p in body.prompt
+            ]
+        except TooLong as error:
+            raise _too_long(error, param="prompt") from error
         for prompt in prompts:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
@@ -267,19 +285,25 @@ class Ingress:
         }
 
 
+def _too_long(error: TooLong, *, param: str) -> ApiError:
+    return ApiError(400, str(error), param=param, code="context_length_exceeded")
+
+
 def _check_count(num_choices: int, limits: Limits, *, param: str) -> None:
     if num_choices > limits.max_requests:
         message = f"{num_choices} answers were asked for; this server holds at most {limits.max_requests} at a time."
         raise ApiError(400, message, param=param)
 
 
-def _parse(kind: type[Body], sent: bytes) -> Body:
+def _parse(kind: type[Body], sent: bytes, limits: Limits) -> Body:
+    if why := too_many_items(sent, max_model_len=limits.max_model_len):
+        raise ApiError(400, why)
     try:
         body = kind.model_validate_json(sent)
     except ValidationError as error:
         raise invalid_body(error, sent) from error
     if ignored := sorted(set(ignored_fields(body))):
-        logger.warning("ignored fields: %.500s", ", ".join(ignored))
+        logger.warning("ignored fields: %s", named_fields(ignored))
     return body
 
 

@@ -4,12 +4,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from router.request import SamplingParams
+from router.text.too_long import TooLong
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a single byte
 
@@ -39,12 +41,34 @@ class Tokenizer:
         """Return the content of tokenizer.json, from which another implementation can be made."""
         return self._fast.to_str()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text.
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """The bytes of the longest token: a text of n tokens has at most n times as many.
+
+        A tokenizer that makes texts shorter first (NFC, stripped blanks) may hold a little more.
+        """
+        pieces = self._fast.get_vocab()  # added tokens among them
+        return max(len(piece) if self._is_byte_level else len(piece.encode()) for piece in pieces)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """Return the token ids of a text. While it is encoded, other threads run.
 
         add_special_tokens: with those that the checkpoint puts around a text, such as a beginning-of-sequence token.
+        at_most: raises TooLong for a text of more tokens; if its bytes alone say so, at once.
         """
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        if at_most is not None:
+            num_bytes, max_bytes = len(text.encode()), at_most * self.max_token_bytes
+            if num_bytes > max_bytes:
+                raise TooLong.in_bytes(num_bytes, max_tokens=at_most, max_bytes=max_bytes)
+        # `encode` would hold the GIL, for a second a megabyte; the batch of one gives the same ids without it.
+        encoding = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        if at_most is not None and len(encoding) > at_most:
+            raise TooLong.in_tokens(len(encoding), max_tokens=at_most)
+        return encoding.ids
+
+    def decode_long(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return what `decode` does. While they are decoded, other threads run."""
+        return self._fast.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def encode_chat(
         self,
@@ -59,9 +83,12 @@ class Tokenizer:
         )
         return self.encode_rendered(text)
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Return the token ids of a rendered chat: the template itself has written the special tokens."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+    def encode_rendered(self, text: str, *, at_most: int | None = None) -> list[int]:
+        """Return the token ids of a rendered chat: the template itself has written the special tokens.
+
+        at_most: as in `encode`.
+        """
+        return self.encode(text, add_special_tokens=False, at_most=at_most)
 
     @property
     def chat_template(self) -> str:

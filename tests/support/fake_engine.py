@@ -15,6 +15,7 @@ from deploy.api.engine_client import EngineClient, Limits, Readiness, RouterLost
 from deploy.api.ingress import ServedModel
 from deploy.api.routes import build_ingress
 from router.request import FinishReason, QueueFull, Request, RequestOutput, SamplingParams, TokenLogprob
+from router.text.too_long import TooLong
 
 LIMITS = Limits(max_model_len=64, max_requests=48)
 MODEL = ServedModel("demo", vocab_size=256, defaults=SamplingParams(temperature=0.5, top_k=40))
@@ -34,7 +35,12 @@ class ByteTokenizer:
         self.chat_template = chat_template
         self._tail = tail
 
-    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, /, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]:
+        num_bytes = len(text.encode())
+        if at_most is not None and num_bytes > at_most:
+            raise TooLong.in_tokens(num_bytes, max_tokens=at_most)
         return list(text.encode())
 
     encode_rendered = encode
@@ -53,7 +59,7 @@ class ByteTokenizer:
         offered = f"<tools>{json.dumps(tools)}" if tools else ""
         return offered + "".join(map(_rendered, messages)) + self._tail
 
-    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str:
+    def decode_long(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str:
         return bytes(token_ids).decode(errors="replace")
 
     def pieces(self, token_ids: Sequence[int], /) -> list[str]:
