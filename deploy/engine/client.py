@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping
+from deploy.engine.messages import MAX_REQUEST_BYTES, Joiner, Part, request_bytes
 from deploy.fleet.spec import Refusal
 from deploy.within import within
 from router.request import QueueFull, Request, RequestOutput
@@ -40,10 +41,16 @@ class _Attachment:
     lost: asyncio.Future[RouterLost]
     inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
+    joiner: Joiner = field(default_factory=Joiner)
     queued_s: float = 0.0
 
-    def deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
+    def deliver(self, batch: Sequence[RequestOutput | Part]) -> None:
+        for item in batch:
+            if isinstance(item, Part) and item.output.id not in self.inbox:
+                continue  # nobody reads it any more
+            output = self.joiner.take(item)
+            if output is None:
+                continue
             if inbox := self.inbox.get(output.id):
                 inbox.put_nowait(output)
             if output.finish:
@@ -103,6 +110,11 @@ class HandleClient:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs as EngineClient says."""
         attachment = self._attached()
+        if (size := request_bytes(request)) > MAX_REQUEST_BYTES:  # Serve would fail without a sentence
+            raise ValueError(
+                f"the request has about {size} bytes, most of them of its {len(request.prompt)} prompt tokens; "
+                f"the router takes at most {MAX_REQUEST_BYTES}"
+            )
         inbox = attachment.inbox[request.id] = asyncio.Queue()
         submitting = _detached_task(self._submit(attachment, request))
         held = True  # by the router, as far as we know
@@ -117,6 +129,7 @@ class HandleClient:
                 yield output
         finally:
             del attachment.inbox[request.id]
+            attachment.joiner.forget(request.id)
             attachment.held.discard(request.id)
             if held and not _refused(submitting):
                 withdrawing = _detached_task(self._withdraw(attachment, request.id, submitting))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from ray.serve.exceptions import RayServeException
 from deploy.api.engine_client import Limits, Readiness, RouterLost
 from deploy.engine import client as client_module
 from deploy.engine.client import HandleClient
+from deploy.engine.messages import Part
 from deploy.fleet.spec import Refusal
-from router.request import QueueFull, Request, RequestOutput, SamplingParams
+from router.request import QueueFull, Request, RequestOutput, SamplingParams, TokenLogprob
 
 pytestmark = pytest.mark.anyio
 
@@ -28,7 +30,9 @@ class Stream:
     """What `attach` returns: Limits, then what is put into it, until an Exception or None ends it."""
 
     def __init__(self) -> None:
-        self.items: asyncio.Queue[list[RequestOutput] | Limits | Exception | None] = asyncio.Queue()
+        self.items: asyncio.Queue[
+            list[RequestOutput] | list[Part] | list[Part | RequestOutput] | Limits | Exception | None
+        ] = asyncio.Queue()
         self.items.put_nowait(LIMITS)
 
     def __aiter__(self) -> "Stream":
@@ -124,6 +128,31 @@ async def test_outputs_come_until_one_has_a_finish(client: HandleClient, handle:
     assert await task == outputs
     assert client.limits() == LIMITS
     assert not handle.called("cancel")
+
+
+async def test_an_output_in_parts_comes_as_one(client: HandleClient, handle: Handle) -> None:
+    handle.will_answer("submit", None)
+    task = asyncio.create_task(collect(client))
+    await settle()
+    scores = tuple(TokenLogprob(n, -0.5) for n in range(6))
+    whole = RequestOutput("r1", "a", (1,), logprobs=scores, prompt_logprobs=scores, finish="stop")
+    parts = [Part(RequestOutput("r1", prompt_logprobs=scores[:4])), Part(RequestOutput("gone"))]
+    handle.streams[0].items.put_nowait(parts)
+    parts = [
+        Part(RequestOutput("r1", prompt_logprobs=scores[4:])),
+        Part(RequestOutput("r1", logprobs=scores)),
+    ]
+    handle.streams[0].items.put_nowait([*parts, replace(whole, logprobs=(), prompt_logprobs=())])
+    assert await task == [whole]
+
+
+async def test_a_request_that_serve_would_not_carry_is_refused_with_both_numbers(
+    client: HandleClient, handle: Handle
+) -> None:
+    huge = Request("r1", (1,) * 700_000, SamplingParams())
+    with pytest.raises(ValueError, match=r"about 420\d+ bytes, .* 700000 prompt tokens; .* at most 3145728"):
+        await anext(client.generate(huge))
+    assert not handle.called("submit")
 
 
 async def test_whoever_has_filled_the_router_knows_it_without_asking(
