@@ -25,6 +25,15 @@ class ApiConfig(Config):
     max_body_mib: int = Field(default=8, ge=1)
     """The longest body of a request; a longer one is refused (HTTP 413)."""
 
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """A body that has not come whole after this many seconds is refused (HTTP 408)."""
+
+    max_unread_tokens: int = Field(default=1024, ge=16)
+    """A stream whose client has left so many tokens unread ends, and its request is cancelled.
+
+    Further bytes that servers and sockets keep, some hundreds of KiB for each client, come before.
+    """
+
     request_timeout_s: float | None = Field(default=None, gt=0)
     """A request that takes longer ends with the text that there is; its stop_reason is "timeout"."""
 

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -33,7 +33,7 @@ from deploy.api.openai.chat_shape import ChatShape
 from deploy.api.openai.chats import ChatFormat
 from deploy.api.openai.completion_shape import CompletionShape
 from deploy.api.openai.fields import ignored_fields
-from deploy.api.openai.limits import named_fields, too_many_items
+from deploy.api.openai.limits import MAX_SCORES, named_fields, num_scores, too_many_items
 from deploy.api.openai.reply import Reply, server_sent, to_json
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Shape, Vocabulary
@@ -184,14 +184,23 @@ class Ingress:
             logprobs=requests[0].params.logprobs is not None,
             include_usage=body.include_usage,
         )
+        _check_scores(requests)
         outputs = generate_all(self._client, requests)
         outputs = note_outputs(outputs, completion_id=reply_id, prompt_tokens=sum(prompt_tokens))
         if body.stream:
             return EventStream(_events(reply, outputs), event_of=_error_event)
+        params = requests[0].params
+        held = 0
         async with aclosing(outputs):
             async for index, output in outputs:
+                held += num_scores(len(output.logprobs), params.logprobs)
+                if held > MAX_SCORES:
+                    raise _too_many_scores(held, param="logprobs", instead="stream the answer")
                 reply.add(index, output)
-        return Response(reply.whole(), media_type="application/json")
+        # With logprobs it may be megabytes, which are made in a thread.
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        whole = await asyncio.to_thread(reply.whole) if scored else reply.whole()
+        return Response(whole, media_type="application/json")
 
     def _chat_inputs(self, body: ChatCompletionRequest, limits: Limits) -> _EngineInputs:
         messages = [message.for_template() for message in body.messages]
@@ -283,6 +292,18 @@ class Ingress:
             "owned_by": "sparkmoe",
             "max_model_len": self._limits().max_model_len,
         }
+
+
+def _check_scores(requests: Sequence[Request]) -> None:
+    """Raise ApiError for more logprobs of prompts than a reply may hold."""
+    asked = sum(num_scores(len(one.prompt), one.params.prompt_logprobs) for one in requests)
+    if asked > MAX_SCORES:
+        raise _too_many_scores(asked, param="prompt_logprobs", instead="ask for fewer alternatives")
+
+
+def _too_many_scores(asked: int, *, param: str, instead: str) -> ApiError:
+    message = f"{asked} logprobs were asked for; a reply holds at most {MAX_SCORES}: {instead}."
+    return ApiError(400, message, param=param)
 
 
 def _too_long(error: TooLong, *, param: str) -> ApiError:

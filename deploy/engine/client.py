@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping
+from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping, Unread
 from deploy.engine.messages import MAX_REQUEST_BYTES, Joiner, Part, request_bytes
 from deploy.fleet.spec import Refusal
 from deploy.within import within
@@ -33,13 +33,16 @@ class _Attachment:
     """The connection of this ingress to one router.
 
     name: the ingress's name for this attachment. lost: done once this router holds nothing of ours any more.
-    inbox: outputs that wait to be read, by request. held: the requests that the router has taken and not
+    inbox: outputs that wait to be read, by request; one that would have more than max_unread is told to
+    on_unread, and gets no more. held: the requests that the router has taken and not
     ended. queued_s: how long the last request to run had waited in the router's queue.
     """
 
     name: str
     lost: asyncio.Future[RouterLost]
-    inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = field(default_factory=dict)
+    max_unread: int
+    on_unread: Callable[[str], object]
+    inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost | Unread]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     joiner: Joiner = field(default_factory=Joiner)
     queued_s: float = 0.0
@@ -52,7 +55,12 @@ class _Attachment:
             if output is None:
                 continue
             if inbox := self.inbox.get(output.id):
-                inbox.put_nowait(output)
+                if inbox.qsize() < self.max_unread:
+                    inbox.put_nowait(output)
+                else:
+                    inbox.put_nowait(Unread(self.max_unread))
+                    del self.inbox[output.id]
+                    self.on_unread(output.id)
             if output.finish:
                 self.held.discard(output.id)
             self.queued_s = output.queued_s or self.queued_s
@@ -73,8 +81,10 @@ class HandleClient:
     Lives in one event loop.
     """
 
-    def __init__(self, router: DeploymentHandle) -> None:
+    def __init__(self, router: DeploymentHandle, *, max_unread: int) -> None:
+        """max_unread: outputs of one request that may wait to be read; one more, and it is cancelled."""
         self._router = router
+        self._max_unread = max_unread
         self._stream = router.options(stream=True)
         self._attachment: _Attachment | None = None
         self._why_not = RouterLost("the router has not started yet")
@@ -123,12 +133,14 @@ class HandleClient:
             attachment.held.add(request.id)
             while held:
                 output = await inbox.get()
-                if isinstance(output, RouterLost):
+                if isinstance(output, Unread):
+                    held = False
+                if isinstance(output, Unread | RouterLost):
                     raise output
                 held = output.finish is None
                 yield output
         finally:
-            del attachment.inbox[request.id]
+            attachment.inbox.pop(request.id, None)
             attachment.joiner.forget(request.id)
             attachment.held.discard(request.id)
             if held and not _refused(submitting):
@@ -191,7 +203,12 @@ class HandleClient:
         Its first item is Limits, all others are batches.
         """
         self._limits = await anext(batches)
-        self._attachment = _Attachment(name, asyncio.get_running_loop().create_future())
+        self._attachment = _Attachment(
+            name,
+            asyncio.get_running_loop().create_future(),
+            self._max_unread,
+            on_unread=lambda request_id: self._router.cancel.remote([request_id]),
+        )
         renewing = asyncio.create_task(self._renew(name))
         try:
             async for batch in batches:

@@ -10,7 +10,12 @@ from tests.support.server import Server, serving
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
     with serving(
-        "fabric.dead_after_s=3", "fabric.slow_after_s=1", "router.max_requests=32", "router.max_queue=4"
+        "fabric.dead_after_s=3",
+        "fabric.slow_after_s=1",
+        "router.max_requests=32",
+        "router.max_queue=4",
+        "api.body_timeout_s=3",
+        "api.max_unread_tokens=100",
     ) as running:
         yield running
 

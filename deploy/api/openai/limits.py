@@ -22,8 +22,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TEMPLATE_KWARGS = 64
-MAX_SCORES = 2**20
-"""Logprobs of one answer that is not streamed, alternatives counted: each is an object until the end."""
+MAX_SCORES = 2**18
+"""Logprobs of one reply that are held at a time, alternatives counted: they become tens of MiB of JSON at once."""
 
 MAX_ITEMS = 2**18
 """Commas in a body; twice the model's context, if that is more. It bounds the objects that a body becomes: 8 MiB of
@@ -36,9 +36,9 @@ MAX_NAMED_FIELDS = 20
 """Unknown fields of a body that the log names."""
 
 
-def num_scores(tokens: int, alternatives: int | None) -> int:
+def num_scores(num_tokens: int, alternatives: int | None) -> int:
     """Return how many logprobs tell of so many tokens, with the alternatives of each; None: no logprobs."""
-    return 0 if alternatives is None else tokens * (1 + alternatives)
+    return 0 if alternatives is None else num_tokens * (1 + alternatives)
 
 
 def too_many_items(body: bytes, *, max_model_len: int) -> str:

@@ -7,8 +7,19 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy.api import ingress
 from deploy.api.openai import limits
-from tests.support.fake_engine import CHAT, COMPLETIONS, HELLO, LIMITS, error_of
+from tests.support.fake_engine import (
+    CHAT,
+    COMPLETIONS,
+    HELLO,
+    LIMITS,
+    FakeEngine,
+    error_of,
+    http_client,
+    ingress_over,
+    says,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -123,3 +134,26 @@ async def test_unknown_fields_make_one_short_line(
     assert r"forged\nWARNING" in line
     assert line.endswith("and 82 more")
     assert len(line) < 2000
+
+
+async def test_logprobs_that_a_reply_cannot_hold_are_refused_or_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ingress, "MAX_SCORES", 30)
+    engine = FakeEngine(says("hello", "world", logprobs=True))
+    async with http_client(ingress_over(engine)) as http:
+
+        async def post(**fields: Any) -> httpx.Response:
+            return await http.post(COMPLETIONS, json={"model": "demo", "prompt": "abcde"} | fields)
+
+        assert (await post(prompt_logprobs=5)).status_code == 200
+        error = error_of(await post(prompt_logprobs=5, n=2))
+        assert error["param"] == "prompt_logprobs"
+        assert "60 logprobs were asked for; a reply holds at most 30" in error["message"]
+        assert len(engine.requests) == 1
+        assert (await post(logprobs=2)).status_code == 200
+        error = error_of(await post(logprobs=3))
+        assert error["param"] == "logprobs"
+        assert "40 logprobs" in error["message"]
+        assert not engine.running
+        assert (await post(logprobs=3, stream=True)).status_code == 200

@@ -20,6 +20,7 @@ from router.request import QueueFull, Request, RequestOutput, SamplingParams, To
 pytestmark = pytest.mark.anyio
 
 REQUEST = Request("r1", (1, 2), SamplingParams())
+MAX_UNREAD = 20
 LIMITS = Limits(max_model_len=100, max_requests=4)
 
 
@@ -100,7 +101,7 @@ async def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
 async def client(handle: Handle) -> AsyncIterator[HandleClient]:
     """Attached."""
     handle_: Any = handle
-    client = HandleClient(handle_)
+    client = HandleClient(handle_, max_unread=MAX_UNREAD)
     client.start()
     await settle()
     yield client
@@ -265,7 +266,7 @@ async def test_readiness_is_the_routers_or_the_router_is_lost(client: HandleClie
 
 async def test_nothing_is_known_of_a_router_that_has_not_come() -> None:
     handle: Any = Handle()
-    client = HandleClient(handle)
+    client = HandleClient(handle, max_unread=MAX_UNREAD)
     with pytest.raises(RouterLost, match="not started"):
         client.limits()
     with pytest.raises(RouterLost, match="not started"):
@@ -279,7 +280,7 @@ async def test_it_renews_by_name_for_as_long_as_it_is_attached(
 ) -> None:
     monkeypatch.setattr(client_module, "RENEW_S", 0.01)
     handle_: Any = handle
-    client = HandleClient(handle_)
+    client = HandleClient(handle_, max_unread=MAX_UNREAD)
     client.start()
     await asyncio.sleep(0.1)  # the first renewal is not answered: the next ones come all the same
     await client.stop()
