@@ -20,15 +20,15 @@ from pydantic import BaseModel, ValidationError
 from deploy.api.engine_client import (
     EngineClient,
     Limits,
-    Readiness,
     RouterLost,
     generate_all,
     no_router,
     too_many,
 )
-from deploy.api.http.access_log import note_outputs
+from deploy.api.http.access_log import current_entry, note_outputs
 from deploy.api.http.asgi import EventStream
 from deploy.api.http.errors import INTERNAL_ERROR, ApiError, invalid_body
+from deploy.api.http.keys import is_from_here
 from deploy.api.openai.chat_shape import ChatShape
 from deploy.api.openai.chats import ChatFormat
 from deploy.api.openai.completion_shape import CompletionShape
@@ -38,13 +38,12 @@ from deploy.api.openai.reply import Reply, server_sent, to_json
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Shape, Vocabulary
 from deploy.api.openai.tokenize import DetokenizeRequest, TokenizeRequest, TokenizerLike, tokenize
+from deploy.api.readiness import CachedReadiness
 from deploy.version import version
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
 from router.text.too_long import TooLong
 
 logger = logging.getLogger(__name__)
-
-READY_TIMEOUT_S = 5.0
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -79,12 +78,23 @@ class _EngineInputs:
 
 
 class Ingress:
-    """The handlers of all routes. timeout_s: the limit of every request, None for none."""
+    """The handlers of all routes.
+
+    timeout_s: the limit of every request, None for none. has_keys: whether requests need a key.
+    """
 
     def __init__(
-        self, client: EngineClient, *, tokenizer: Tokenizer, model: ServedModel, timeout_s: float | None
+        self,
+        client: EngineClient,
+        *,
+        tokenizer: Tokenizer,
+        model: ServedModel,
+        timeout_s: float | None,
+        has_keys: bool,
     ) -> None:
         self._client = client
+        self._readiness = CachedReadiness(client)
+        self._has_keys = has_keys
         self._tokenizer = tokenizer
         self._model = model
         self._timeout_s = timeout_s
@@ -155,16 +165,14 @@ class Ingress:
         """Answer as long as this process lives. Says nothing about the engine."""
         return _json_response({"status": "ok"})
 
-    async def ready(self) -> Response:
-        """Tell load balancers whether a request would be served now, and people why not."""
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                state = await self._client.ready()
-        except RouterLost as error:
-            state = Readiness(ready=False, reason=str(error))
-        except TimeoutError:
-            state = Readiness(ready=False, reason=f"the router did not answer within {READY_TIMEOUT_S} s")
-        detail = {"ingress_pid": os.getpid(), **state.detail}
+    async def ready(self, http: HttpRequest) -> Response:
+        """Tell load balancers whether a request would be served now, and people why not.
+
+        What processes there are is told to owners of a key only, and without keys to this machine only.
+        """
+        state = await self._readiness.get()
+        may_know = current_entry().key is not None or (not self._has_keys and is_from_here(http.scope))
+        detail = {"ingress_pid": os.getpid(), **state.detail} if may_know else {}
         report = {"ready": state.ready, "reason": state.reason, "detail": detail}
         return _json_response(report, status=200 if state.ready else 503)
 

@@ -102,7 +102,14 @@ def build_ingress(
     keys that cannot be read.
     """
     app = PacedApp(model=model.name, keys=config.keys_file is not None, unread_of=unread_of)
-    _add_routes(app, Ingress(client, tokenizer=tokenizer, model=model, timeout_s=config.request_timeout_s))
+    ingress = Ingress(
+        client,
+        tokenizer=tokenizer,
+        model=model,
+        timeout_s=config.request_timeout_s,
+        has_keys=config.keys_file is not None,
+    )
+    _add_routes(app, ingress)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     # The middleware that is added last is the outermost.

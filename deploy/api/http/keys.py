@@ -3,6 +3,7 @@
 import hmac
 import logging
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -86,7 +87,7 @@ def read_keys(file: Path) -> dict[bytes, str]:
 class KeyGuard:
     """Middleware that answers 401 to a request without a key, except on OPEN_PATHS.
 
-    The name of the key goes to the access log.
+    The name of the key goes to the request's entry, for the access log and for whoever tells its owner more.
     """
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
@@ -94,17 +95,37 @@ class KeyGuard:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         sent = _bearer(Headers(scope=scope).get("authorization", ""))
-        name = self._keys.name_of(sent)
-        if name is None:
+        name = self._keys.name_of(sent) if sent else None
+        if name is None and route_path(scope) not in OPEN_PATHS:
             refusal = _WRONG if sent else _MISSING
             await refusal.response({"www-authenticate": "Bearer"})(scope, receive, send)
             return
         current_entry().key = name
         await self._app(scope, receive, send)
+
+
+def is_from_here(scope: Scope) -> bool:
+    """Return whether a request comes from this machine.
+
+    A proxy that forwards for others must say so (x-forwarded-for): Serve's HAProxy does not, behind it all
+    requests come from here.
+    """
+    client = scope.get("client")
+    addresses = [client[0]] if client else []
+    for header in Headers(scope=scope).getlist("x-forwarded-for"):
+        addresses += [address.strip() for address in header.split(",")]
+    return bool(addresses) and all(map(_is_loopback, addresses))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _bearer(authorization: str) -> bytes:

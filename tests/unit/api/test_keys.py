@@ -78,6 +78,18 @@ async def test_what_asks_for_no_key(file: Path) -> None:
             assert (await http.get(path)).status_code == 401, path
 
 
+async def test_details_of_readiness_need_a_key(file: Path) -> None:
+    async with guarded(file) as http:
+        for headers, told in (
+            ({}, False),
+            ({"authorization": "Bearer wrong"}, False),
+            ({"authorization": "Bearer sesame"}, True),
+        ):
+            answer = await http.get("/ready", headers=headers)
+            assert answer.status_code == 200
+            assert bool(answer.json()["detail"]) is told
+
+
 async def test_a_browser_asks_first_and_may_read_the_refusal(file: Path) -> None:
     preflight = {"origin": ORIGIN, "access-control-request-method": "POST"}
     async with guarded(file) as http:
