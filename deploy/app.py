@@ -55,7 +55,7 @@ class IngressReplica:
         logger.info("unless a request says otherwise: %s", model.defaults)
         return build_ingress(
             client=self._client,
-            tokenizer=Tokenizer(path),
+            tokenizer=Tokenizer(path, special_tokens_in_content=self._args.api.special_tokens_in_content),
             model=model,
             config=self._args.api,
             unread_of=unread_of,

@@ -34,6 +34,13 @@ class ApiConfig(Config):
     Further bytes that servers and sockets keep, some hundreds of KiB for each client, come before.
     """
 
+    special_tokens_in_content: bool = False
+    """Whether a special token in a message, such as <|im_end|>, is that token.
+
+    By default it is its text only, or a user of a chat could write messages in the name of others. Prompts of
+    /v1/completions are not concerned: they are the whole text, special tokens and all.
+    """
+
     request_timeout_s: float | None = Field(default=None, gt=0)
     """A request that takes longer ends with the text that there is; its stop_reason is "timeout"."""
 
