@@ -18,8 +18,10 @@ class ApiConfig(Config):
     keys_file: FromRoot | None = None
     """The file of the API keys, on every node that an ingress may run on.
 
-    A line is `KEY` or `NAME KEY`, comments begin with #. A change counts within a second. Without a file,
-    everybody who reaches the endpoint may use it.
+    A line is `KEY` or `NAME KEY`, and behind it perhaps fields: `requests=8` at a time,
+    `tokens_per_minute=100000` of prompts and answers, `priority=yes`. Comments begin with #. A change counts
+    within a second; an empty file refuses everybody. Without a file, everybody who reaches the endpoint may
+    use it.
     """
 
     max_body_mib: int = Field(default=8, ge=1)

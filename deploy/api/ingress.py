@@ -7,16 +7,16 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
-from pydantic import BaseModel, ValidationError
 
+from deploy.api.checks import check_count, check_scores, parse, too_long, too_many_scores
 from deploy.api.engine_client import (
     EngineClient,
     Limits,
@@ -27,13 +27,13 @@ from deploy.api.engine_client import (
 )
 from deploy.api.http.access_log import current_entry, note_outputs
 from deploy.api.http.asgi import EventStream
-from deploy.api.http.errors import INTERNAL_ERROR, ApiError, invalid_body
+from deploy.api.http.errors import INTERNAL_ERROR, ApiError
 from deploy.api.http.keys import is_from_here
+from deploy.api.http.quota import current_use
 from deploy.api.openai.chat_shape import ChatShape
 from deploy.api.openai.chats import ChatFormat
 from deploy.api.openai.completion_shape import CompletionShape
-from deploy.api.openai.fields import ignored_fields
-from deploy.api.openai.limits import MAX_SCORES, named_fields, num_scores, too_many_items
+from deploy.api.openai.limits import MAX_SCORES, num_scores
 from deploy.api.openai.reply import Reply, server_sent, to_json
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Shape, Vocabulary
@@ -44,8 +44,6 @@ from router.request import QueueFull, Request, RequestOutput, SamplingParams
 from router.text.too_long import TooLong
 
 logger = logging.getLogger(__name__)
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class Tokenizer(Vocabulary, TokenizerLike, Protocol):
@@ -104,10 +102,10 @@ class Ingress:
     async def chat_completions(self, http: HttpRequest) -> Response:
         """Answer a chat."""
         self._check_room()
-        body = _parse(ChatCompletionRequest, await http.body(), self._limits())
+        body = parse(ChatCompletionRequest, await http.body(), self._limits())
         self._check_model(body.model)
         limits = self._limits()
-        _check_count(body.n, limits, param="n")
+        check_count(body.n, limits, param="n")
         # In a thread, because a long prompt, or a grammar, must not hold up everybody's streams.
         inputs = await asyncio.to_thread(self._chat_inputs, body, limits)
         return await self._answer(body, inputs)
@@ -115,16 +113,16 @@ class Ingress:
     async def completions(self, http: HttpRequest) -> Response:
         """Continue a text."""
         self._check_room()
-        body = _parse(CompletionRequest, await http.body(), self._limits())
+        body = parse(CompletionRequest, await http.body(), self._limits())
         self._check_model(body.model)
         limits = self._limits()
-        _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
+        check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
         inputs = await asyncio.to_thread(self._completion_inputs, body, limits)
         return await self._answer(body, inputs)
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """Return the tokens of a text or a chat."""
-        body = _parse(TokenizeRequest, await http.body(), self._limits())
+        body = parse(TokenizeRequest, await http.body(), self._limits())
         self._check_model(body.model or self._model.name)
         most = self._limits().max_model_len
         try:
@@ -132,18 +130,18 @@ class Ingress:
                 lambda: to_json(tokenize(body, self._tokenizer, max_model_len=most))
             )
         except TooLong as error:
-            raise _too_long(error, param="messages" if body.prompt is None else "prompt") from error
+            raise too_long(error, param="messages" if body.prompt is None else "prompt") from error
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         return Response(answer, media_type="application/json")
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """Return the text of tokens, including that of special ones."""
-        body = _parse(DetokenizeRequest, await http.body(), self._limits())
+        body = parse(DetokenizeRequest, await http.body(), self._limits())
         self._check_model(body.model or self._model.name)
         most = self._limits().max_model_len
         if len(body.tokens) > most:
-            raise _too_long(TooLong.in_tokens(len(body.tokens), max_tokens=most), param="tokens")
+            raise too_long(TooLong.in_tokens(len(body.tokens), max_tokens=most), param="tokens")
         self._check_ids(body.tokens, param="tokens")
         prompt = await asyncio.to_thread(self._tokenizer.decode_long, body.tokens, skip_special_tokens=False)
         return _json_response({"prompt": prompt})
@@ -192,7 +190,11 @@ class Ingress:
             logprobs=requests[0].params.logprobs is not None,
             include_usage=body.include_usage,
         )
-        _check_scores(requests)
+        check_scores(requests)
+        if (use := current_use.get()) is not None:
+            use.check_priority(body.priority)
+            use.grow_to(len(requests))
+            use.spend(sum(prompt_tokens))
         outputs = generate_all(self._client, requests)
         outputs = note_outputs(outputs, completion_id=reply_id, prompt_tokens=sum(prompt_tokens))
         if body.stream:
@@ -203,7 +205,7 @@ class Ingress:
             async for index, output in outputs:
                 held += num_scores(len(output.logprobs), params.logprobs)
                 if held > MAX_SCORES:
-                    raise _too_many_scores(held, param="logprobs", instead="stream the answer")
+                    raise too_many_scores(held, param="logprobs", instead="stream the answer")
                 reply.add(index, output)
         # With logprobs it may be megabytes, which are made in a thread.
         scored = params.logprobs is not None or params.prompt_logprobs is not None
@@ -222,7 +224,7 @@ class Ingress:
         try:
             prompt = self._tokenizer.encode_rendered(text, at_most=limits.max_model_len)
         except TooLong as error:
-            raise _too_long(error, param="messages") from error
+            raise too_long(error, param="messages") from error
         self._check_prompt(prompt, limits, param="messages", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
         shape = ChatShape(
@@ -239,7 +241,7 @@ class Ingress:
                 self._tokenizer.encode(p, at_most=most) if isinstance(p, str) else p for p in body.prompt
             ]
         except TooLong as error:
-            raise _too_long(error, param="prompt") from error
+            raise too_long(error, param="prompt") from error
         for prompt in prompts:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
@@ -300,40 +302,6 @@ class Ingress:
             "owned_by": "sparkmoe",
             "max_model_len": self._limits().max_model_len,
         }
-
-
-def _check_scores(requests: Sequence[Request]) -> None:
-    """Raise ApiError for more logprobs of prompts than a reply may hold."""
-    asked = sum(num_scores(len(one.prompt), one.params.prompt_logprobs) for one in requests)
-    if asked > MAX_SCORES:
-        raise _too_many_scores(asked, param="prompt_logprobs", instead="ask for fewer alternatives")
-
-
-def _too_many_scores(asked: int, *, param: str, instead: str) -> ApiError:
-    message = f"{asked} logprobs were asked for; a reply holds at most {MAX_SCORES}: {instead}."
-    return ApiError(400, message, param=param)
-
-
-def _too_long(error: TooLong, *, param: str) -> ApiError:
-    return ApiError(400, str(error), param=param, code="context_length_exceeded")
-
-
-def _check_count(num_choices: int, limits: Limits, *, param: str) -> None:
-    if num_choices > limits.max_requests:
-        message = f"{num_choices} answers were asked for; this server holds at most {limits.max_requests} at a time."
-        raise ApiError(400, message, param=param)
-
-
-def _parse(kind: type[Body], sent: bytes, limits: Limits) -> Body:
-    if why := too_many_items(sent, max_model_len=limits.max_model_len):
-        raise ApiError(400, why)
-    try:
-        body = kind.model_validate_json(sent)
-    except ValidationError as error:
-        raise invalid_body(error, sent) from error
-    if ignored := sorted(set(ignored_fields(body))):
-        logger.warning("ignored fields: %s", named_fields(ignored))
-    return body
 
 
 def _requests(

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.api import ingress
+from deploy.api import checks, ingress
 from deploy.api.openai import limits
 from tests.support.fake_engine import (
     CHAT,
@@ -139,7 +139,8 @@ async def test_unknown_fields_make_one_short_line(
 async def test_logprobs_that_a_reply_cannot_hold_are_refused_or_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ingress, "MAX_SCORES", 30)
+    for module in (checks, ingress):
+        monkeypatch.setattr(module, "MAX_SCORES", 30)
     engine = FakeEngine(says("hello", "world", logprobs=True))
     async with http_client(ingress_over(engine)) as http:
 
