@@ -4,7 +4,7 @@ Serve's gRPC refuses a message of more than 4 MiB, and with it ends the stream t
 everybody's requests. Sizes are upper estimates of what pickle makes; tests hold them against it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from router.request import Request, RequestOutput, TokenLogprob
@@ -39,8 +39,8 @@ def output_bytes(output: RequestOutput) -> int:
         size += _CHAR_BYTES * len(output.error)
     if isinstance(output.stop_reason, str):
         size += _CHAR_BYTES * len(output.stop_reason)
-    for scores in (output.logprobs, output.prompt_logprobs):
-        size += sum(map(_score_bytes, scores))
+    if output.logprobs or output.prompt_logprobs:
+        size += sum(map(_score_bytes, (*output.logprobs, *output.prompt_logprobs)))
     return size
 
 
@@ -57,18 +57,10 @@ def request_bytes(request: Request) -> int:
     )
 
 
-def cut(output: RequestOutput) -> Iterator[tuple[RequestOutput | Part, int]]:
-    """Yield an output, or the parts that it is in, each with its bytes: at most MAX_BATCH_BYTES."""
+def cut(output: RequestOutput) -> Iterable[tuple[RequestOutput | Part, int]]:
+    """Return an output, or the parts that it is in, each with its bytes: at most MAX_BATCH_BYTES."""
     size = output_bytes(output)
-    if size <= MAX_BATCH_BYTES:
-        yield output, size
-        return
-    for name in ("prompt_logprobs", "logprobs"):
-        for scores, scores_bytes in _chunks(getattr(output, name)):
-            part = replace(RequestOutput(output.id), **{name: scores})
-            yield Part(part), _OBJECT_BYTES + scores_bytes
-    rest = replace(output, prompt_logprobs=(), logprobs=())
-    yield rest, output_bytes(rest)
+    return ((output, size),) if size <= MAX_BATCH_BYTES else _parts(output)
 
 
 class Joiner:
@@ -93,6 +85,15 @@ class Joiner:
     def forget(self, request_id: str) -> None:
         """Drop what has come of a request that nobody reads any more."""
         self._parts.pop(request_id, None)
+
+
+def _parts(output: RequestOutput) -> Iterator[tuple[RequestOutput | Part, int]]:
+    for name in ("prompt_logprobs", "logprobs"):
+        for scores, scores_bytes in _chunks(getattr(output, name)):
+            part = replace(RequestOutput(output.id), **{name: scores})
+            yield Part(part), _OBJECT_BYTES + scores_bytes
+    rest = replace(output, prompt_logprobs=(), logprobs=())
+    yield rest, output_bytes(rest)
 
 
 def _score_bytes(score: TokenLogprob) -> int:
