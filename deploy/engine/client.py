@@ -33,7 +33,7 @@ class _Attachment:
     """The connection of this ingress to one router.
 
     name: the ingress's name for this attachment. lost: done once this router holds nothing of ours any more.
-    inbox: outputs that wait to be read, by request; one that would have more than max_unread is told to
+    inbox: outputs that wait to be read, by request; one that has max_unread when more come is told to
     on_unread, and gets no more. held: the requests that the router has taken and not
     ended. queued_s: how long the last request to run had waited in the router's queue.
     """
@@ -48,6 +48,11 @@ class _Attachment:
     queued_s: float = 0.0
 
     def deliver(self, batch: Sequence[RequestOutput | Part]) -> None:
+        """Put a batch into the inboxes.
+
+        A batch counts as one: however much came while our own process stood still, its readers had no time.
+        """
+        seen: set[str] = set()
         for item in batch:
             if isinstance(item, Part) and item.output.id not in self.inbox:
                 continue  # nobody reads it any more
@@ -55,11 +60,13 @@ class _Attachment:
             if output is None:
                 continue
             if inbox := self.inbox.get(output.id):
-                if inbox.qsize() < self.max_unread:
+                if output.id in seen or output.finish or inbox.qsize() < self.max_unread:
+                    seen.add(output.id)
                     inbox.put_nowait(output)
                 else:
                     inbox.put_nowait(Unread(self.max_unread))
                     del self.inbox[output.id]
+                    self.held.discard(output.id)
                     self.on_unread(output.id)
             if output.finish:
                 self.held.discard(output.id)

@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RayServeException
 
-from deploy.api.engine_client import Limits, Readiness, RouterLost
+from deploy.api.engine_client import Limits, Readiness, RouterLost, Unread
 from deploy.engine import client as client_module
 from deploy.engine.client import HandleClient
 from deploy.engine.messages import Part
@@ -145,6 +145,27 @@ async def test_an_output_in_parts_comes_as_one(client: HandleClient, handle: Han
     ]
     handle.streams[0].items.put_nowait([*parts, replace(whole, logprobs=(), prompt_logprobs=())])
     assert await task == [whole]
+
+
+async def test_outputs_that_nobody_reads_end_the_request(client: HandleClient, handle: Handle) -> None:
+    handle.will_answer("submit", None)
+    outputs = client.generate(REQUEST)
+    reading = asyncio.create_task(anext(outputs))
+    await settle()
+    many = [RequestOutput("r1", "a")] * (MAX_UNREAD + 5)
+    handle.streams[0].items.put_nowait(many)  # all at once: its reader had no time to read
+    await reading
+    await settle()
+    assert not handle.called("cancel")
+    handle.streams[0].items.put_nowait(many[:1])
+    await settle()
+    assert handle.called("cancel") == [(["r1"],)]
+    for _ in many[1:]:
+        await anext(outputs)
+    with pytest.raises(Unread):
+        await anext(outputs)
+    await settle()
+    assert len(handle.called("cancel")) == 1
 
 
 async def test_a_request_that_serve_would_not_carry_is_refused_with_both_numbers(
