@@ -16,6 +16,7 @@ from deploy.api.routes import build_ingress
 from deploy.config import AppArgs
 from deploy.engine.client import HandleClient
 from deploy.engine.replica import RouterReplica
+from deploy.ray_private import unread_of
 from router.model_config import check_family, read_config, shape_of
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class IngressReplica:
     def __init__(self, router: DeploymentHandle, args: AppArgs) -> None:
         logs.configure(args.api.log_format)
         self._args = args
-        self._client = HandleClient(router)
+        self._client = HandleClient(router, max_unread=args.api.max_unread_tokens)
         self._client.start()
 
     async def __del__(self) -> None:  # Serve awaits this when it stops a replica in order
@@ -53,10 +54,16 @@ class IngressReplica:
         path, name = self._args.model.path, self._args.model.name
         model = ServedModel(name, shape_of(read_config(path)).vocab_size, sampling_defaults(path))
         logger.info("unless a request says otherwise: %s", model.defaults)
-        tokenizer, api = Tokenizer(path), self._args.api
+        api = self._args.api
+        tokenizer = Tokenizer(path, special_tokens_in_content=api.special_tokens_in_content)
         grammars = GrammarPool(tokenizer.to_json(), vocab_size=model.vocab_size, served=api.user_grammars)
         return build_ingress(
-            client=self._client, tokenizer=tokenizer, model=model, grammars=grammars, config=api
+            client=self._client,
+            tokenizer=tokenizer,
+            model=model,
+            grammars=grammars,
+            config=api,
+            unread_of=unread_of,
         )
 
 

@@ -5,13 +5,14 @@ tests/unit/house/test_ray_private.py pins what each function relies on. Ray is i
 the Fleet and the shards import this file, and must not wait for Serve, which imports FastAPI.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.serve.config import ProxyLocation
     from ray.serve.schema import ServeDeploySchema
     from ray.util.metrics import Counter
+    from starlette.types import Send
 
 BUILD_ASGI_APP = "__serve_build_asgi_app__"
 """The name of the method by which a replica builds its ASGI app.
@@ -21,6 +22,22 @@ under exactly this name. Only the docstring of `serve.ingress` mentions it; the 
 a function without arguments, and ours needs the replica's handle to the router. If Ray renames it,
 `serve.ingress()(IngressReplica)` raises ValueError while the application is built.
 """
+
+
+def unread_of(send: "Send") -> "Callable[[], int] | None":
+    """Return a function that tells how many bytes of an answer Serve keeps because its client does not read.
+
+    send: the one with which Serve calls the ASGI app. Behind Serve's proxy in Python it never waits: what it
+    is given goes to a queue without a bound, all of which becomes one gRPC message. None if there is no such
+    queue: behind HAProxy it is uvicorn's `send`, which waits. If Ray changes it, an answer is kept whole for a
+    client that does not read, and one of more than 4 MiB may fail.
+    """
+    code = getattr(send, "__code__", None)
+    if code is None or "result_queue" not in code.co_freevars:
+        return None
+    queue: Any = send.__closure__[code.co_freevars.index("result_queue")].cell_contents  # type: ignore[attr-defined]
+    messages = queue._message_queue
+    return lambda: sum(len(message.get("body", b"")) for message in tuple(messages))
 
 
 def available_resources_by_node() -> Mapping[str, Mapping[str, float]]:

@@ -19,8 +19,10 @@ class ApiConfig(Config):
     keys_file: FromRoot | None = None
     """The file of the API keys, on every node that an ingress may run on.
 
-    A line is `KEY` or `NAME KEY`, comments begin with #. A change counts within a second. Without a file,
-    everybody who reaches the endpoint may use it.
+    A line is `KEY` or `NAME KEY`, and behind it perhaps fields: `requests=8` at a time,
+    `tokens_per_minute=100000` of prompts and answers, `priority=yes`. Comments begin with #. A change counts
+    within a second; an empty file refuses everybody. Without a file, everybody who reaches the endpoint may
+    use it.
     """
 
     max_body_mib: int = Field(default=8, ge=1)
@@ -29,6 +31,22 @@ class ApiConfig(Config):
     user_grammars: UserGrammars = "all"
     """Which grammars clients may ask for: all; json_only: JSON schemas, choices and tool calls, but no regex and no
     Lark; or off: none but response_format={"type": "json_object"}. Others are refused (HTTP 400)."""
+
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """A body that has not come whole after this many seconds is refused (HTTP 408)."""
+
+    max_unread_tokens: int = Field(default=1024, ge=16)
+    """A stream whose client has left so many tokens unread ends, and its request is cancelled.
+
+    Further bytes that servers and sockets keep, some hundreds of KiB for each client, come before.
+    """
+
+    special_tokens_in_content: bool = False
+    """Whether a special token in a message, such as <|im_end|>, is that token.
+
+    By default it is its text only, or a user of a chat could write messages in the name of others. Prompts of
+    /v1/completions are not concerned: they are the whole text, special tokens and all.
+    """
 
     request_timeout_s: float | None = Field(default=None, gt=0)
     """A request that takes longer ends with the text that there is; its stop_reason is "timeout"."""

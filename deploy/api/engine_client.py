@@ -21,6 +21,14 @@ class Stopping(Exception):
     """The server is to stop: it finishes the requests that it has and takes no new ones."""
 
 
+class Unread(Exception):
+    """So many outputs of a request were not read that it was cancelled. The argument is how many may be."""
+
+
+MAX_QUEUED = 16
+"""Outputs of the requests of one body that wait together; the others wait where they are counted."""
+
+
 @dataclass(frozen=True)
 class Readiness:
     """The state of the engine: whether it would generate a token now.
@@ -68,7 +76,8 @@ class EngineClient(Protocol):
         """Submit a request and yield its outputs, the last of which has `finish`.
 
         Closing the generator, or cancelling the task that reads it, cancels the request. Raises QueueFull,
-        RouterLost, Stopping, and ValueError for a request that can never run.
+        RouterLost, Stopping, Unread if its outputs are made faster than they are read for too long, and
+        ValueError for a request that can never run.
         """
         ...
 
@@ -90,7 +99,7 @@ async def generate_all(
             async for output in outputs:
                 yield 0, output
         return
-    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(MAX_QUEUED)
     readers = [asyncio.create_task(_read(client, request, i, queue)) for i, request in enumerate(requests)]
     unfinished = len(readers)
     try:
@@ -116,9 +125,9 @@ async def _read(
     try:
         async with aclosing(_outputs(client, request)) as outputs:
             async for output in outputs:
-                queue.put_nowait((index, output))
+                await queue.put((index, output))
     except Exception as error:  # noqa: BLE001 the reader of the queue raises it again
-        queue.put_nowait(error)
+        await queue.put(error)
 
 
 async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[RequestOutput, None]:
@@ -139,6 +148,11 @@ async def _outputs(client: EngineClient, request: Request) -> AsyncGenerator[Req
             raise no_router(error) from error
         except Stopping as error:
             raise _unavailable("The server is stopping and takes no more requests.") from error
+        except Unread as error:
+            message = (
+                f"The answer was not read: more than {error.args[0]} outputs waited, so it was cancelled."
+            )
+            raise ApiError(408, message) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
     raise AssertionError(f"{request.id}: the engine's outputs ended without a finish")

@@ -10,17 +10,16 @@ import time
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
-from pydantic import BaseModel, ValidationError
 
+from deploy.api.checks import check_count, check_scores, parse, too_long, too_many_scores
 from deploy.api.engine_client import (
     EngineClient,
     Limits,
-    Readiness,
     RouterLost,
     generate_all,
     no_router,
@@ -28,25 +27,25 @@ from deploy.api.engine_client import (
 )
 from deploy.api.grammars.pool import GrammarPool, GrammarRefused
 from deploy.api.grammars.wanted import WantedGrammar
-from deploy.api.http.access_log import note_outputs
+from deploy.api.http.access_log import current_entry, note_outputs
 from deploy.api.http.asgi import EventStream
-from deploy.api.http.errors import INTERNAL_ERROR, ApiError, invalid_body
+from deploy.api.http.errors import INTERNAL_ERROR, ApiError
+from deploy.api.http.keys import is_from_here
+from deploy.api.http.quota import current_use
 from deploy.api.openai.chat_shape import ChatShape
 from deploy.api.openai.chats import ChatFormat
 from deploy.api.openai.completion_shape import CompletionShape
-from deploy.api.openai.fields import ignored_fields
+from deploy.api.openai.limits import MAX_SCORES, num_scores
 from deploy.api.openai.reply import Reply, server_sent, to_json
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Shape, Vocabulary
 from deploy.api.openai.tokenize import DetokenizeRequest, TokenizeRequest, TokenizerLike, tokenize
+from deploy.api.readiness import CachedReadiness
 from deploy.version import version
 from router.request import QueueFull, Request, RequestOutput, SamplingParams
+from router.text.too_long import TooLong
 
 logger = logging.getLogger(__name__)
-
-READY_TIMEOUT_S = 5.0
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class Tokenizer(Vocabulary, TokenizerLike, Protocol):
@@ -79,7 +78,10 @@ class _EngineInputs:
 
 
 class Ingress:
-    """The handlers of all routes. timeout_s: the limit of every request, None for none."""
+    """The handlers of all routes.
+
+    timeout_s: the limit of every request, None for none. has_keys: whether requests need a key.
+    """
 
     def __init__(
         self,
@@ -89,8 +91,11 @@ class Ingress:
         model: ServedModel,
         grammars: GrammarPool,
         timeout_s: float | None,
+        has_keys: bool,
     ) -> None:
         self._client = client
+        self._readiness = CachedReadiness(client)
+        self._has_keys = has_keys
         self._tokenizer = tokenizer
         self._model = model
         self._grammars = grammars
@@ -101,10 +106,10 @@ class Ingress:
     async def chat_completions(self, http: HttpRequest) -> Response:
         """Answer a chat."""
         self._check_room()
-        body = _parse(ChatCompletionRequest, await http.body())
+        body = parse(ChatCompletionRequest, await http.body(), self._limits())
         self._check_model(body.model)
         limits = self._limits()
-        _check_count(body.n, limits, param="n")
+        check_count(body.n, limits, param="n")
         # In a thread, because a long prompt must not hold up everybody's streams.
         inputs = await asyncio.to_thread(self._chat_inputs, body, limits)
         return await self._answer(body, inputs)
@@ -112,30 +117,37 @@ class Ingress:
     async def completions(self, http: HttpRequest) -> Response:
         """Continue a text."""
         self._check_room()
-        body = _parse(CompletionRequest, await http.body())
+        body = parse(CompletionRequest, await http.body(), self._limits())
         self._check_model(body.model)
         limits = self._limits()
-        _check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
+        check_count(len(body.prompt) * body.n, limits, param="prompt" if len(body.prompt) > 1 else "n")
         inputs = await asyncio.to_thread(self._completion_inputs, body, limits)
         return await self._answer(body, inputs)
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """Return the tokens of a text or a chat."""
-        body = _parse(TokenizeRequest, await http.body())
+        body = parse(TokenizeRequest, await http.body(), self._limits())
         self._check_model(body.model or self._model.name)
         most = self._limits().max_model_len
         try:
-            answer = await asyncio.to_thread(tokenize, body, self._tokenizer, max_model_len=most)
+            answer = await asyncio.to_thread(
+                lambda: to_json(tokenize(body, self._tokenizer, max_model_len=most))
+            )
+        except TooLong as error:
+            raise too_long(error, param="messages" if body.prompt is None else "prompt") from error
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return _json_response(answer)
+        return Response(answer, media_type="application/json")
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """Return the text of tokens, including that of special ones."""
-        body = _parse(DetokenizeRequest, await http.body())
+        body = parse(DetokenizeRequest, await http.body(), self._limits())
         self._check_model(body.model or self._model.name)
+        most = self._limits().max_model_len
+        if len(body.tokens) > most:
+            raise too_long(TooLong.in_tokens(len(body.tokens), max_tokens=most), param="tokens")
         self._check_ids(body.tokens, param="tokens")
-        prompt = await asyncio.to_thread(self._tokenizer.decode, body.tokens, skip_special_tokens=False)
+        prompt = await asyncio.to_thread(self._tokenizer.decode_long, body.tokens, skip_special_tokens=False)
         return _json_response({"prompt": prompt})
 
     async def models(self) -> Response:
@@ -155,16 +167,14 @@ class Ingress:
         """Answer as long as this process lives. Says nothing about the engine."""
         return _json_response({"status": "ok"})
 
-    async def ready(self) -> Response:
-        """Tell load balancers whether a request would be served now, and people why not."""
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                state = await self._client.ready()
-        except RouterLost as error:
-            state = Readiness(ready=False, reason=str(error))
-        except TimeoutError:
-            state = Readiness(ready=False, reason=f"the router did not answer within {READY_TIMEOUT_S} s")
-        detail = {"ingress_pid": os.getpid(), **state.detail}
+    async def ready(self, http: HttpRequest) -> Response:
+        """Tell load balancers whether a request would be served now, and people why not.
+
+        What processes there are is told to owners of a key only, and without keys to this machine only.
+        """
+        state = await self._readiness.get()
+        may_know = current_entry().key is not None or (not self._has_keys and is_from_here(http.scope))
+        detail = {"ingress_pid": os.getpid(), **state.detail} if may_know else {}
         report = {"ready": state.ready, "reason": state.reason, "detail": detail}
         return _json_response(report, status=200 if state.ready else 503)
 
@@ -187,14 +197,27 @@ class Ingress:
             logprobs=requests[0].params.logprobs is not None,
             include_usage=body.include_usage,
         )
+        check_scores(requests)
+        if (use := current_use.get()) is not None:
+            use.check_priority(body.priority)
+            use.grow_to(len(requests))
+            use.spend(sum(prompt_tokens))
         outputs = generate_all(self._client, requests)
         outputs = note_outputs(outputs, completion_id=reply_id, prompt_tokens=sum(prompt_tokens))
         if body.stream:
             return EventStream(_events(reply, outputs), event_of=_error_event)
+        params = requests[0].params
+        held = 0
         async with aclosing(outputs):
             async for index, output in outputs:
+                held += num_scores(len(output.logprobs), params.logprobs)
+                if held > MAX_SCORES:
+                    raise too_many_scores(held, param="logprobs", instead="stream the answer")
                 reply.add(index, output)
-        return Response(reply.whole(), media_type="application/json")
+        # With logprobs it may be megabytes, which are made in a thread.
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        whole = await asyncio.to_thread(reply.whole) if scored else reply.whole()
+        return Response(whole, media_type="application/json")
 
     async def _grammar(self, wanted: WantedGrammar | None) -> str | None:
         """Return a grammar that a child process has compiled."""
@@ -216,7 +239,10 @@ class Ingress:
             )
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        prompt = self._tokenizer.encode_rendered(text)
+        try:
+            prompt = self._tokenizer.encode_rendered(text, at_most=limits.max_model_len)
+        except TooLong as error:
+            raise too_long(error, param="messages") from error
         self._check_prompt(prompt, limits, param="messages", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
         shape = ChatShape(
@@ -227,7 +253,13 @@ class Ingress:
         return _EngineInputs([prompt], shape, self._chats.wanted_grammar(body))
 
     def _completion_inputs(self, body: CompletionRequest, limits: Limits) -> _EngineInputs:
-        prompts = [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
+        most = limits.max_model_len
+        try:
+            prompts = [
+                self._tokenizer.encode(p, at_most=most) if isinstance(p, str) else p for p in body.prompt
+            ]
+        except TooLong as error:
+            raise too_long(error, param="prompt") from error
         for prompt in prompts:
             self._check_prompt(prompt, limits, param="prompt", token_limit=body.token_limit)
         self._check_ids(body.logit_bias, param="logit_bias")
@@ -287,22 +319,6 @@ class Ingress:
             "owned_by": "sparkmoe",
             "max_model_len": self._limits().max_model_len,
         }
-
-
-def _check_count(num_choices: int, limits: Limits, *, param: str) -> None:
-    if num_choices > limits.max_requests:
-        message = f"{num_choices} answers were asked for; this server holds at most {limits.max_requests} at a time."
-        raise ApiError(400, message, param=param)
-
-
-def _parse(kind: type[Body], sent: bytes) -> Body:
-    try:
-        body = kind.model_validate_json(sent)
-    except ValidationError as error:
-        raise invalid_body(error, sent) from error
-    if ignored := sorted(set(ignored_fields(body))):
-        logger.warning("ignored fields: %.500s", ", ".join(ignored))
-    return body
 
 
 def _requests(

@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import EngineClient
@@ -11,6 +12,7 @@ from deploy.api.http.access_log import RequestLog
 from deploy.api.http.asgi import RequestGuard
 from deploy.api.http.errors import ApiError, answer_api_error, answer_http_error
 from deploy.api.http.keys import ApiKeys, KeyGuard
+from deploy.api.http.pacing import UnreadOf, paced
 from deploy.api.ingress import Ingress, ServedModel, Tokenizer
 from deploy.api.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.api.openai.responses import Completion
@@ -73,6 +75,20 @@ READY = Operation(
 )
 
 
+class PacedApp(DescribedApp):
+    """The endpoint, which sends no faster than its clients read."""
+
+    def __init__(self, *, model: str, keys: bool, unread_of: UnreadOf | None) -> None:
+        super().__init__(model=model, keys=keys)
+        self._unread_of = unread_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not a middleware: FastAPI puts one of its own before ours, and only here is `send` the server's.
+        if scope["type"] == "http":
+            send = paced(send, unread_of=self._unread_of)
+        await super().__call__(scope, receive, send)
+
+
 def build_ingress(
     *,
     client: EngineClient,
@@ -80,19 +96,29 @@ def build_ingress(
     model: ServedModel,
     grammars: GrammarPool,
     config: ApiConfig,
+    unread_of: UnreadOf | None = None,
 ) -> FastAPI:
     """Return the endpoint as a FastAPI application.
 
-    Raises ValueError for a file of API keys that cannot be read.
+    unread_of: for a server whose `send` does not wait for the client. Raises ValueError for a file of API
+    keys that cannot be read.
     """
-    app = DescribedApp(model=model.name, keys=config.keys_file is not None)
-    timeout_s = config.request_timeout_s
-    ingress = Ingress(client, tokenizer=tokenizer, model=model, grammars=grammars, timeout_s=timeout_s)
+    app = PacedApp(model=model.name, keys=config.keys_file is not None, unread_of=unread_of)
+    ingress = Ingress(
+        client,
+        tokenizer=tokenizer,
+        model=model,
+        grammars=grammars,
+        timeout_s=config.request_timeout_s,
+        has_keys=config.keys_file is not None,
+    )
     _add_routes(app, ingress)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     # The middleware that is added last is the outermost.
-    app.add_middleware(RequestGuard, max_body_bytes=config.max_body_mib * 2**20)
+    app.add_middleware(
+        RequestGuard, max_body_bytes=config.max_body_mib * 2**20, body_timeout_s=config.body_timeout_s
+    )
     if config.keys_file is not None:
         app.add_middleware(KeyGuard, keys=ApiKeys(config.keys_file))
     if config.cors_origins:

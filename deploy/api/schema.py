@@ -32,8 +32,12 @@ _EVENT = {
     "required": ["data"],
 }
 _NULL = {"type": "null"}
-_ALWAYS = (413, 500)
+_ALWAYS = (408, 413, 500, 503)
 """Statuses that any request may be answered with."""
+
+
+_WITH_KEYS = (401, 403, 429)
+"""Statuses that a request which needs a key may be answered with besides."""
 
 
 class ErrorDetail(TypedDict):
@@ -128,7 +132,7 @@ class DescribedApp(FastAPI):
             methods=[method],
             operation_id=operation.id,
             summary=operation.summary,
-            responses=_responses(operation, (401,) if guarded else ()),
+            responses=_responses(operation, _WITH_KEYS if guarded else ()),
             openapi_extra=_request_body(operation, self._model)
             | ({"security": [{"key": []}]} if guarded else {}),
         )

@@ -4,6 +4,7 @@ It imports no Ray, so that `sparkmoe status` is quick.
 """
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from http.client import HTTPException
 from typing import Any
 
 from experts.progress import Progress, Took
+
+KEY_VARIABLE = "SPARKMOE_API_KEY"
 
 
 class LaunchError(Exception):
@@ -61,9 +64,14 @@ def _shown(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _get(url: str) -> tuple[int, bytes]:
-    """Return status and body; a server that is not ready says why in the body of a 503."""
+    """Return status and body; a server that is not ready says why in the body of a 503.
+
+    A server with keys tells details only to an owner of one, which is taken from KEY_VARIABLE.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    request = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=10) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +12,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping
+from deploy.api.engine_client import Limits, Readiness, RouterLost, Stopping, Unread
+from deploy.engine.messages import MAX_REQUEST_BYTES, Joiner, Part, request_bytes
 from deploy.fleet.spec import Refusal
 from deploy.within import within
 from router.request import QueueFull, Request, RequestOutput
@@ -32,20 +33,41 @@ class _Attachment:
     """The connection of this ingress to one router.
 
     name: the ingress's name for this attachment. lost: done once this router holds nothing of ours any more.
-    inbox: outputs that wait to be read, by request. held: the requests that the router has taken and not
+    inbox: outputs that wait to be read, by request; one that has max_unread when more come is told to
+    on_unread, and gets no more. held: the requests that the router has taken and not
     ended. queued_s: how long the last request to run had waited in the router's queue.
     """
 
     name: str
     lost: asyncio.Future[RouterLost]
-    inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost]] = field(default_factory=dict)
+    max_unread: int
+    on_unread: Callable[[str], object]
+    inbox: dict[str, asyncio.Queue[RequestOutput | RouterLost | Unread]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
+    joiner: Joiner = field(default_factory=Joiner)
     queued_s: float = 0.0
 
-    def deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
+    def deliver(self, batch: Sequence[RequestOutput | Part]) -> None:
+        """Put a batch into the inboxes.
+
+        A batch counts as one: however much came while our own process stood still, its readers had no time.
+        """
+        seen: set[str] = set()
+        for item in batch:
+            if isinstance(item, Part) and item.output.id not in self.inbox:
+                continue  # nobody reads it any more
+            output = self.joiner.take(item)
+            if output is None:
+                continue
             if inbox := self.inbox.get(output.id):
-                inbox.put_nowait(output)
+                if output.id in seen or output.finish or inbox.qsize() < self.max_unread:
+                    seen.add(output.id)
+                    inbox.put_nowait(output)
+                else:
+                    inbox.put_nowait(Unread(self.max_unread))
+                    del self.inbox[output.id]
+                    self.held.discard(output.id)
+                    self.on_unread(output.id)
             if output.finish:
                 self.held.discard(output.id)
             self.queued_s = output.queued_s or self.queued_s
@@ -66,8 +88,10 @@ class HandleClient:
     Lives in one event loop.
     """
 
-    def __init__(self, router: DeploymentHandle) -> None:
+    def __init__(self, router: DeploymentHandle, *, max_unread: int) -> None:
+        """max_unread: outputs of one request that may wait to be read; one more, and it is cancelled."""
         self._router = router
+        self._max_unread = max_unread
         self._stream = router.options(stream=True)
         self._attachment: _Attachment | None = None
         self._why_not = RouterLost("the router has not started yet")
@@ -103,6 +127,11 @@ class HandleClient:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs as EngineClient says."""
         attachment = self._attached()
+        if (size := request_bytes(request)) > MAX_REQUEST_BYTES:  # Serve would fail without a sentence
+            raise ValueError(
+                f"the request has about {size} bytes, most of them of its {len(request.prompt)} prompt tokens; "
+                f"the router takes at most {MAX_REQUEST_BYTES}"
+            )
         inbox = attachment.inbox[request.id] = asyncio.Queue()
         submitting = _detached_task(self._submit(attachment, request))
         held = True  # by the router, as far as we know
@@ -111,12 +140,15 @@ class HandleClient:
             attachment.held.add(request.id)
             while held:
                 output = await inbox.get()
-                if isinstance(output, RouterLost):
+                if isinstance(output, Unread):
+                    held = False
+                if isinstance(output, Unread | RouterLost):
                     raise output
                 held = output.finish is None
                 yield output
         finally:
-            del attachment.inbox[request.id]
+            attachment.inbox.pop(request.id, None)
+            attachment.joiner.forget(request.id)
             attachment.held.discard(request.id)
             if held and not _refused(submitting):
                 withdrawing = _detached_task(self._withdraw(attachment, request.id, submitting))
@@ -178,7 +210,12 @@ class HandleClient:
         Its first item is Limits, all others are batches.
         """
         self._limits = await anext(batches)
-        self._attachment = _Attachment(name, asyncio.get_running_loop().create_future())
+        self._attachment = _Attachment(
+            name,
+            asyncio.get_running_loop().create_future(),
+            self._max_unread,
+            on_unread=lambda request_id: self._router.cancel.remote([request_id]),
+        )
         renewing = asyncio.create_task(self._renew(name))
         try:
             async for batch in batches:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from deploy.engine.messages import MAX_BATCH_BYTES, Part, cut
 from router.request import RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -15,9 +17,14 @@ MAX_SILENT_TICKS = 10
 
 @dataclass(eq=False)
 class _Outbox:
-    """The outputs that wait for one ingress. None in the queue ends its stream."""
+    """The outputs that wait for one ingress, in the order in which they came, each with its bytes.
 
-    batches: asyncio.Queue[list[RequestOutput] | None] = field(default_factory=asyncio.Queue)
+    changed: set when outputs have come, or the outbox was closed.
+    """
+
+    waiting: deque[tuple[RequestOutput | Part, int]] = field(default_factory=deque)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_closed: bool = False
     requests: set[str] = field(default_factory=set)
     silent_ticks: int = 0
 
@@ -50,7 +57,8 @@ class Outboxes:
         box = self._boxes.pop(ingress, None)
         if box is None:
             return
-        box.batches.put_nowait(None)
+        box.is_closed = True
+        box.changed.set()
         for request_id in box.requests:
             del self._owner[request_id]
             self._on_abandoned(request_id)
@@ -92,25 +100,31 @@ class Outboxes:
 
     def put(self, outputs: Sequence[RequestOutput]) -> None:
         """Sort a step's outputs into the outboxes. Those of requests that were removed are dropped."""
-        batches: dict[str, list[RequestOutput]] = {}
         for output in outputs:
             if ingress := self._owner.get(output.id):
-                batches.setdefault(ingress, []).append(output)
+                box = self._boxes[ingress]
+                box.waiting.extend(cut(output))
+                box.changed.set()
                 if output.finish:
                     self.remove(output.id)
-        for ingress, batch in batches.items():
-            self._boxes[ingress].batches.put_nowait(batch)
 
-    async def next(self, ingress: str) -> list[RequestOutput] | None:
-        """Wait for outputs and return all that there are, None once the ingress is dropped.
+    async def next(self, ingress: str) -> list[RequestOutput | Part] | None:
+        """Wait for outputs and return all that fit one message, None once the ingress is dropped.
 
         A slow ingress so gets fewer, larger batches.
         """
         box = self._boxes.get(ingress)
-        batch = await box.batches.get() if box else None
-        while batch is not None and box is not None and not box.batches.empty():
-            more = box.batches.get_nowait()
-            if more is None:
-                return None
-            batch += more
+        if box is None:
+            return None
+        while not box.waiting and not box.is_closed:
+            box.changed.clear()
+            await box.changed.wait()
+        if box.is_closed:
+            return None
+        batch: list[RequestOutput | Part] = []
+        room = MAX_BATCH_BYTES
+        while box.waiting and (not batch or box.waiting[0][1] <= room):
+            item, size = box.waiting.popleft()
+            batch.append(item)
+            room -= size
         return batch

@@ -22,6 +22,7 @@ from ray import serve
 from deploy import logs
 from deploy.api.engine_client import Limits
 from deploy.config import AppArgs, RouterUserConfig
+from deploy.engine.messages import Part
 from deploy.engine.metrics import RouterMetrics
 from deploy.engine.outboxes import Outboxes
 from deploy.fleet.client import FleetClient
@@ -107,7 +108,7 @@ class RouterReplica:
 
     # For ingresses
 
-    async def attach(self, ingress: str) -> AsyncGenerator[Limits | list[RequestOutput], None]:
+    async def attach(self, ingress: str) -> AsyncGenerator[Limits | list[RequestOutput | Part], None]:
         """Yield the engine's limits, then batches of outputs for this ingress, while it listens and renews.
 
         When the stream ends, the ingress's requests are cancelled: nobody would read their tokens.

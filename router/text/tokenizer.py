@@ -4,12 +4,16 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from router.request import SamplingParams
+from router.text.control_tokens import ControlTokens
+from router.text.too_long import TooLong
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a single byte
 
@@ -17,10 +21,11 @@ _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name for a sing
 class Tokenizer:
     """The tokenizer of a checkpoint directory. It never uses the network; any thread may call it."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, *, special_tokens_in_content: bool = False) -> None:
         """Read the tokenizer. Raises ValueError if the directory does not exist or holds only one written in Python.
 
-        Errors of a broken tokenizer are transformers' own.
+        special_tokens_in_content: whether a special token that somebody writes in a chat is that token, and not
+        its text. Errors of a broken tokenizer are transformers' own.
         """
         self._hf = _load(checkpoint)
         # It is used directly: transformers' wrapper sets truncation and padding on each call, which is not thread safe.
@@ -33,18 +38,50 @@ class Tokenizer:
         self._added = {id_: token.content for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         decoder = self._fast.decoder
+        self._control = None if special_tokens_in_content else self._control_tokens()
         self._is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
     def to_json(self) -> str:
         """Return the content of tokenizer.json, from which another implementation can be made."""
         return self._fast.to_str()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text.
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """The bytes of the longest token: a text of n tokens has at most n times as many.
+
+        A tokenizer that makes texts shorter first (NFC, stripped blanks) may hold a little more.
+        """
+        pieces = self._fast.get_vocab()  # added tokens among them
+        return max(len(piece) if self._is_byte_level else len(piece.encode()) for piece in pieces)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """Return the token ids of a text. While it is encoded, other threads run.
 
         add_special_tokens: with those that the checkpoint puts around a text, such as a beginning-of-sequence token.
+        at_most: raises TooLong for a text of more tokens; if its bytes alone say so, at once.
         """
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode([text], add_special_tokens=add_special_tokens, at_most=at_most)
+
+    def _encode(
+        self, pieces: Sequence[str | Sequence[int]], *, add_special_tokens: bool, at_most: int | None
+    ) -> list[int]:
+        """Return the token ids of a text in pieces, of which some are tokens already."""
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        if at_most is not None:
+            num_bytes, max_bytes = sum(len(text.encode()) for text in texts), at_most * self.max_token_bytes
+            if num_bytes > max_bytes:
+                raise TooLong.in_bytes(num_bytes, max_tokens=at_most, max_bytes=max_bytes)
+        # `encode` would hold the GIL, for a second a megabyte; a batch gives the same ids without it.
+        encodings = iter(self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens))
+        encoded = [next(encodings) if isinstance(piece, str) else piece for piece in pieces]
+        if at_most is not None and (num_tokens := sum(map(len, encoded))) > at_most:
+            raise TooLong.in_tokens(num_tokens, max_tokens=at_most)
+        ids = [piece if isinstance(piece, Sequence) else piece.ids for piece in encoded]
+        return [*chain.from_iterable(ids)]
+
+    def decode_long(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return what `decode` does. While they are decoded, other threads run."""
+        return self._fast.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def encode_chat(
         self,
@@ -59,9 +96,13 @@ class Tokenizer:
         )
         return self.encode_rendered(text)
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Return the token ids of a rendered chat: the template itself has written the special tokens."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+    def encode_rendered(self, text: str, *, at_most: int | None = None) -> list[int]:
+        """Return the token ids of what `render_chat` returns: the template itself has written the special tokens.
+
+        at_most: as in `encode`.
+        """
+        pieces = self._control.pieces(text) if self._control else [text]
+        return self._encode(pieces, add_special_tokens=False, at_most=at_most)
 
     @property
     def chat_template(self) -> str:
@@ -82,7 +123,9 @@ class Tokenizer:
         messages: OpenAI's, with "role" and "content"; the arguments of tool calls among them are mappings. tools: OpenAI's
         tools that the model may call. add_generation_prompt: end where the assistant begins to speak. template_kwargs:
         further variables of the template, such as enable_thinking.
-        Raises ValueError if the model has no template, or the template refuses what it is given.
+        Special tokens in any of them are marks in the result, from which `encode_rendered` makes plain text.
+        Raises ValueError if the model has no template, or the template refuses what it is given, or makes special
+        tokens from parts of it.
         """
         if not self._hf.chat_template:
             raise ValueError("this model has no chat template: use a text completion instead of a chat")
@@ -92,18 +135,49 @@ class Tokenizer:
         )
         if reserved:
             raise ValueError(f"chat template variables {reserved} are reserved")
+        given = {"messages": [*messages], "tools": [*tools] or None, "variables": variables}
+        if self._control is None:
+            return self._render(given, add_generation_prompt=add_generation_prompt)
+        hidden = self._control.hide(given)
+        try:
+            text = self._render(hidden, add_generation_prompt=add_generation_prompt)
+            if self._control.may_be_spelled(hidden):
+                # A template that takes something out of a text may leave a special token behind.
+                cut = self._control.without_edges(hidden)
+                others = self._render(cut, add_generation_prompt=add_generation_prompt)
+                if self._control.found_in(text) != self._control.found_in(others):
+                    raise ValueError(
+                        "parts of the messages make special tokens when the template writes them"
+                    )
+        except ValueError as error:
+            raise ValueError(self._control.reveal(str(error))) from error
+        return text
+
+    def _render(self, given: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
         try:
             text = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
+                given["messages"],
+                tools=given["tools"],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-                **variables,
+                **given["variables"],
             )
         except Exception as error:  # a template may raise anything on messages that it does not expect
             raise ValueError(f"the chat template failed: {error}") from error
         assert isinstance(text, str)
         return text
+
+    def _control_tokens(self) -> ControlTokens:
+        """Return the special tokens of this tokenizer, which nobody else uses yet."""
+
+        def plain(text: str) -> list[int]:
+            return self._fast.encode(text, add_special_tokens=False).ids
+
+        self._fast.encode_special_tokens = True  # which means: do not find them
+        try:
+            return ControlTokens({id_: self._added[id_] for id_ in self.special_ids}, encode_plain=plain)
+        finally:
+            self._fast.encode_special_tokens = False
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the vocabulary's own names of tokens, such as `Ġthe`; "" for an unknown id."""

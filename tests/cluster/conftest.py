@@ -11,6 +11,7 @@ from tests.support.server import Server, serving
 def server() -> Iterator[Server]:
     settings = ["fabric.dead_after_s=3", "fabric.slow_after_s=1", "router.ready_within_s=4"]
     settings += ["router.max_requests=32", "router.max_queue=4"]
+    settings += ["api.body_timeout_s=3", "api.max_unread_tokens=100"]
     with serving(*settings, environment={"RAY_metrics_report_interval_ms": "1000"}) as running:
         yield running
 

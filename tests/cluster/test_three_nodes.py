@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 
+from deploy.api.readiness import FRESH_S
 from deploy.cli.launch import readiness
 from deploy.cli.server_process import free_port
 from deploy.config import load
@@ -88,6 +90,7 @@ class Deployed:
         subprocess.run(command, check=True, timeout=60, capture_output=True)
 
     def detail(self) -> dict[str, Any]:
+        time.sleep(FRESH_S)  # an answer may be as old
         return readiness(self.url)[2]
 
     def greedy(self, prompt: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from openai import AsyncOpenAI, OpenAI
 
+from deploy.api.readiness import FRESH_S
 from deploy.cli.readiness import LaunchError, readiness
 from deploy.cli.server_process import server_process
 from tests.support.places import DEMO_CONFIG
@@ -31,13 +32,15 @@ class Server:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def detail(self) -> dict[str, Any]:
-        """Return what /ready says of the router and its shards."""
+        """Return what /ready says of the router and its shards, no older than this call."""
+        time.sleep(FRESH_S)
         return readiness(self.url)[2]
 
     def shard_pids(self) -> dict[int, int]:
         return {shard["rank"]: shard["pid"] for shard in self.detail().get("shards", [])}
 
     def wait_until_ready(self, *, timeout_s: float = START_S) -> None:
+        time.sleep(FRESH_S)
         eventually(lambda: is_ready(self.url), what=f"{self.url} is ready", timeout_s=timeout_s)
 
 

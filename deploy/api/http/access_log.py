@@ -12,6 +12,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deploy.api.http.quota import current_use
 from deploy.logs import request_id
 from router.request import RequestOutput
 
@@ -48,12 +49,17 @@ def current_entry() -> Entry:
 async def note_outputs(
     outputs: AsyncGenerator[tuple[int, RequestOutput], None], *, completion_id: str, prompt_tokens: int
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Pass outputs on, and count their tokens in the entry of the current request. Closing it closes them."""
-    noted = current_entry()
+    """Pass outputs on, and count their tokens for the current request: in its entry, and for its key.
+
+    Closing it closes them.
+    """
+    noted, use = current_entry(), current_use.get()
     noted.completion_id, noted.prompt_tokens, noted.completion_tokens = completion_id, prompt_tokens, 0
     async with aclosing(outputs):
         async for index, output in outputs:
             noted.completion_tokens += len(output.tokens)
+            if use is not None:
+                use.spend(len(output.tokens))
             yield index, output
 
 

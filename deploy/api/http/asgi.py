@@ -9,16 +9,27 @@ from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.api.http.errors import INTERNAL_ERROR, ApiError
+from deploy.api.http.pacing import ClientStalled
 
 logger = logging.getLogger(__name__)
 
 
-class RequestGuard:
-    """Middleware that bounds a body, cancels a request whose client leaves, and answers our bugs with 500."""
+MAX_BODIES = 16
+"""So many of the longest bodies may be on their way at a time, all requests together."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+
+class RequestGuard:
+    """Middleware around every request.
+
+    It bounds a body in bytes and seconds, cancels a request whose client leaves, and answers our bugs with
+    500.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._arriving = 0  # bytes of all bodies that are not complete
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,6 +44,9 @@ class RequestGuard:
 
         try:
             await self._serve(scope, receive, watched_send)
+        except ClientStalled as error:
+            logger.info("%s %s is given up: %s", scope["method"], scope["path"], error)
+            raise  # so that the server closes the connection
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if not started:
@@ -40,26 +54,37 @@ class RequestGuard:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await _read_body(receive, self._max_body_bytes)
+            body = await self._read_body(receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            # What is left of the body would be taken for the next request.
+            await error.response({"connection": "close"})(scope, receive, send)
             return
         if body is not None:
             await _until_disconnect(self._app(scope, _replay(body), send), receive)
 
-
-async def _read_body(receive: Receive, max_bytes: int) -> bytes | None:
-    """Return the whole body, or None if the client left. Raises ApiError 413 for one that is too long."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            raise ApiError(413, f"The body is longer than {max_bytes} bytes.")
-        if not message.get("more_body", False):
-            return bytes(body)
+    async def _read_body(self, receive: Receive) -> bytes | None:
+        """Return the whole body, or None if the client left. Raises ApiError 408, 413 or 503."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._arriving += len(piece)
+                    if len(body) > self._max_body_bytes:
+                        raise ApiError(413, f"The body is longer than {self._max_body_bytes} bytes.")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+                    if self._arriving > MAX_BODIES * self._max_body_bytes:
+                        raise ApiError(503, "Too many bodies are on their way.", retry_after_s=1)
+        except TimeoutError:
+            why = f"The body did not come within {self._body_timeout_s:g} s (api.body_timeout_s)."
+            raise ApiError(408, why) from None
+        finally:
+            self._arriving -= len(body)
 
 
 def _replay(body: bytes) -> Receive:
@@ -136,6 +161,8 @@ class EventStream(Response):
             async with aclosing(self._events) as events:
                 async for event in events:
                     await self._put(event, send)
+        except ClientStalled:
+            raise
         except Exception as error:
             if not self._num_sent:
                 raise

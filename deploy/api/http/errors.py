@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
+_TOO_DEEP = "it is nested too deeply (at most about 200 levels are read)"
 _TYPES = {429: "rate_limit_error"}
 
 
@@ -82,13 +83,21 @@ def invalid_body(error: ValidationError, body: bytes) -> ApiError:
     """Return the answer to a body that a pydantic model refused, with the most precise of its errors."""
     complaints = error.errors(include_url=False, include_input=False)
     if complaints[0]["type"] == "json_invalid":
-        return ApiError(400, complaints[0]["msg"])
+        return ApiError(400, _mended(complaints[0]["msg"]))
     sent = from_json(body)
     paths = [_path(sent, complaint["loc"], complaint["type"]) for complaint in complaints]
-    path, complaint = max(zip(paths, complaints, strict=True), key=lambda pair: len(pair[0]))
+    # Of a union's branches the one is meant whose type is right and whose bound is not kept.
+    path, complaint = max(
+        zip(paths, complaints, strict=True),
+        key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")),
+    )
     param = ".".join(path) or None
-    reason = complaint["msg"].removeprefix("Value error, ")
+    reason = _mended(complaint["msg"])
     return ApiError(400, f"{param}: {reason}" if param else reason, param=param)
+
+
+def _mended(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("recursion limit exceeded", _TOO_DEEP)
 
 
 def _path(sent: object, loc: tuple[int | str, ...], kind: str) -> list[str]:

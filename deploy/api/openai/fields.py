@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from deploy.api.openai.limits import MAX_FIELDS
+
 
 class OpenAIBaseModel(BaseModel):
     """An object of a request's body, which keeps unknown fields and takes null as absent."""
@@ -22,6 +24,8 @@ class OpenAIBaseModel(BaseModel):
     @classmethod
     def _null_is_absent(cls, data: object) -> object:
         if isinstance(data, dict):
+            if len(data) > MAX_FIELDS:
+                raise ValueError(f"an object may have at most {MAX_FIELDS} fields, not {len(data)}")
             return {name: value for name, value in data.items() if value is not None}
         return data
 

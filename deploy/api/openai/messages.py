@@ -1,12 +1,18 @@
 """The messages of a chat and its tools: as clients send them, and as chat templates read them."""
 
-import json
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, from_json, to_json
 
 from deploy.api.openai.fields import NotServed, OpenAIBaseModel, accept_only
+from deploy.api.openai.limits import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TEMPLATE_KWARGS,
+    MAX_TOOLS,
+    MAX_TOOLS_BYTES,
+)
 
 
 class TextPart(OpenAIBaseModel):
@@ -24,8 +30,9 @@ def _as_object(arguments: object) -> object:
     OpenAI's clients send them as the model wrote them: JSON in a string.
     """
     try:
-        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError) as error:
+        # Not json.loads, which would take any depth: this one has the same bound as a body.
+        value = from_json(arguments or "{}") if isinstance(arguments, str) else arguments
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
@@ -47,8 +54,8 @@ class SentCall(OpenAIBaseModel):
 
 class Message(OpenAIBaseModel):
     role: Annotated[str, accept_only("system", "developer", "user", "assistant", "tool")]
-    tool_calls: Annotated[list[SentCall], Field(default_factory=list, fail_fast=True)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+    tool_calls: Annotated[list[SentCall], Field(default_factory=list, max_length=MAX_PARTS, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
         default=None, validate_default=True
     )
     reasoning_content: str | None = None
@@ -82,6 +89,10 @@ class Message(OpenAIBaseModel):
         return message
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+TemplateKwargs = Annotated[dict[str, Any], Field(default_factory=dict, max_length=MAX_TEMPLATE_KWARGS)]
+"""Further variables of the model's chat template."""
+
 _CALL: Any = {"id": True, "type": True, "function": {"name", "arguments"}}
 
 
@@ -105,6 +116,19 @@ class Tool(OpenAIBaseModel):
         """Return the tool as chat templates read it."""
         return self.model_dump(include=_TOOL, exclude_unset=True)
 
+
+def _not_too_long(tools: list[Tool]) -> list[Tool]:
+    num_bytes = len(to_json([tool.for_template() for tool in tools]))
+    if num_bytes > MAX_TOOLS_BYTES:
+        raise ValueError(f"all tools together may have {MAX_TOOLS_BYTES} bytes of JSON, not {num_bytes}")
+    return tools
+
+
+Tools = Annotated[
+    list[Tool],
+    Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True),
+    AfterValidator(_not_too_long),
+]
 
 _TOOL: Any = {"type": True, "function": {"name", "description", "parameters", "strict"}}
 

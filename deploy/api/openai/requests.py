@@ -9,7 +9,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, StrictInt, ValidationInfo, field_validator
 
 from deploy.api.openai.fields import NotServed, OpenAIBaseModel, accept_only
-from deploy.api.openai.messages import Message, NamedTool, Tool, ToolChoice
+from deploy.api.openai.limits import (
+    MAX_LOGIT_BIAS,
+    MAX_PROMPTS,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+)
+from deploy.api.openai.messages import Messages, NamedTool, TemplateKwargs, Tool, ToolChoice, Tools
 from deploy.api.openai.structured import StructuredOutputFields
 from router.request import SamplingParams
 
@@ -32,16 +39,19 @@ def _as_prompts(value: object) -> object:
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 Prompts = Annotated[
     list[str | TokenIds],
-    Field(min_length=1, fail_fast=True),
+    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
     BeforeValidator(
         _as_prompts,
         json_schema_input_type=str | Annotated[list[str | int | list[int]], Field(min_length=1)],
     ),
 ]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[
-    tuple[str, ...],
-    Field(max_length=16),
-    BeforeValidator(_listed, json_schema_input_type=str | Annotated[list[str], Field(max_length=16)]),
+    tuple[StopString, ...],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(
+        _listed, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+    ),
 ]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
@@ -68,9 +78,9 @@ class _Body(StructuredOutputFields):
     seed: int | None = None
     presence_penalty: float = _DEFAULT.presence_penalty
     frequency_penalty: float = _DEFAULT.frequency_penalty
-    logit_bias: dict[int, float] = Field(default_factory=dict)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
     stop: StopStrings = ()
-    stop_token_ids: TokenIds = Field(default_factory=list)
+    stop_token_ids: TokenIds = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     min_tokens: int = _DEFAULT.min_tokens
 
@@ -132,13 +142,13 @@ class _Body(StructuredOutputFields):
 
 
 class ChatCompletionRequest(_Body):
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    tools: Annotated[list[Tool], Field(default_factory=list, fail_fast=True)]
+    chat_template_kwargs: TemplateKwargs
+    tools: Tools
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
 

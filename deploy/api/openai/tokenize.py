@@ -7,7 +7,8 @@ from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
 from deploy.api.openai.fields import OpenAIBaseModel
-from deploy.api.openai.messages import Message, Tool
+from deploy.api.openai.limits import MAX_MESSAGES
+from deploy.api.openai.messages import Message, TemplateKwargs, Tools
 from deploy.api.openai.requests import TokenIds
 
 
@@ -17,9 +18,13 @@ class TokenizerLike(Protocol):
     Used from any thread.
     """
 
-    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, /, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]:
+        """Return the tokens of a text. Raises TooLong for one of more than at_most."""
+        ...
 
-    def encode_rendered(self, text: str, /) -> list[int]: ...
+    def encode_rendered(self, text: str, /, *, at_most: int | None = None) -> list[int]: ...
 
     def render_chat(
         self,
@@ -36,7 +41,7 @@ class TokenizerLike(Protocol):
         """
         ...
 
-    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str: ...
+    def decode_long(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str: ...
 
     def pieces(self, token_ids: Sequence[int], /) -> list[str]: ...
 
@@ -50,11 +55,13 @@ class TokenizeRequest(OpenAIBaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, fail_fast=True)
-    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
+    messages: list[Message] | None = Field(
+        default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
+    )
+    tools: Tools
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateKwargs
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -87,8 +94,12 @@ class DetokenizeResponse(TypedDict):
 
 
 def tokenize(body: TokenizeRequest, tokenizer: TokenizerLike, *, max_model_len: int) -> TokenizeResponse:
-    """Return the answer of /tokenize. Raises ValueError for messages that the model's template refuses."""
-    tokens = _encode(body, tokenizer)
+    """Return the answer of /tokenize.
+
+    Raises ValueError for messages that the model's template refuses, TooLong for more tokens than
+    max_model_len.
+    """
+    tokens = _encode(body, tokenizer, at_most=max_model_len)
     return {
         "count": len(tokens),
         "max_model_len": max_model_len,
@@ -97,9 +108,10 @@ def tokenize(body: TokenizeRequest, tokenizer: TokenizerLike, *, max_model_len: 
     }
 
 
-def _encode(body: TokenizeRequest, tokenizer: TokenizerLike) -> list[int]:
+def _encode(body: TokenizeRequest, tokenizer: TokenizerLike, *, at_most: int) -> list[int]:
     if body.prompt is not None:
-        return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        special = body.add_special_tokens is not False
+        return tokenizer.encode(body.prompt, add_special_tokens=special, at_most=at_most)
     assert body.messages is not None
     text = tokenizer.render_chat(
         [message.for_template() for message in body.messages],
@@ -107,4 +119,4 @@ def _encode(body: TokenizeRequest, tokenizer: TokenizerLike) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs,
     )
-    return tokenizer.encode_rendered(text)
+    return tokenizer.encode_rendered(text, at_most=at_most)

@@ -1,5 +1,6 @@
 """The endpoint at the level of HTTP: statuses, headers and bytes."""
 
+import asyncio
 import json
 import os
 from itertools import groupby
@@ -7,6 +8,7 @@ from itertools import groupby
 import httpx
 import pytest
 
+from deploy.api import readiness
 from deploy.api.config import ApiConfig
 from deploy.api.engine_client import Limits, QueueFull, Readiness, RouterLost
 from deploy.api.http import asgi
@@ -168,7 +170,8 @@ async def test_a_bug_is_logged_with_the_request_id(caplog: pytest.LogCaptureFixt
     assert "KeyError: 'secret'" in caplog.text
 
 
-async def test_readiness_is_the_engines_and_health_is_ours() -> None:
+async def test_readiness_is_the_engines_and_health_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "FRESH_S", 0.0)
     engine = FakeEngine([])
     async with http_client(ingress_over(engine)) as http:
         detail = {"ingress_pid": os.getpid(), "epoch": 3}
@@ -180,3 +183,45 @@ async def test_readiness_is_the_engines_and_health_is_ours() -> None:
         response = await http.get("/ready")
         assert (response.status_code, response.json()["reason"]) == (503, "the router died")
         assert (await http.get("/health")).status_code == 200
+
+
+async def test_a_flood_asks_the_engine_once() -> None:
+    engine = FakeEngine([])
+    asked = 0
+
+    async def ready() -> Readiness:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.01)
+        return Readiness(ready=True)
+
+    engine.ready = ready
+    async with http_client(ingress_over(engine)) as http:
+        first = asyncio.create_task(http.get("/ready"))
+        await asyncio.sleep(0)
+        first.cancel()  # who asked first and left takes nobody's answer along
+        answers = await asyncio.gather(*(http.get("/ready") for _ in range(50)))
+    assert [answer.status_code for answer in answers] == [200] * 50
+    assert asked == 1
+
+
+@pytest.mark.parametrize(
+    ("client", "forwarded", "told"),
+    [
+        ("127.0.0.1", [], True),
+        ("::1", [], True),
+        ("10.0.0.7", [], False),
+        ("10.0.0.7", ["127.0.0.1"], False),
+        ("127.0.0.1", ["10.0.0.7"], False),
+        ("127.0.0.1", ["127.0.0.1", "10.0.0.7"], False),
+        ("127.0.0.1", ["127.0.0.1, 10.0.0.7"], False),
+        ("127.0.0.1", ["127.0.0.1"], True),
+        ("127.0.0.1", ["unknown"], False),
+    ],
+)
+async def test_details_stay_on_this_machine(client: str, forwarded: list[str], told: bool) -> None:
+    transport = httpx.ASGITransport(ingress_over(FakeEngine([])), client=(client, 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        answer = (await http.get("/ready", headers=[("x-forwarded-for", one) for one in forwarded])).json()
+    assert answer["ready"] is True
+    assert bool(answer["detail"]) is told

@@ -5,8 +5,9 @@ import json
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
-from tests.support.fake_engine import CHAT, HELLO, FakeEngine, FakeIngress, ingress_over, says
+from tests.support.fake_engine import CHAT, HELLO, FakeEngine, ingress_over, says
 
 pytestmark = pytest.mark.anyio
 
@@ -31,12 +32,12 @@ class Leaver:
     async def send(self, message: Any) -> None:
         self.received.set()
 
-    def post(self, app: FakeIngress, path: str) -> "asyncio.Task[None]":
+    def post(self, app: FastAPI, path: str) -> "asyncio.Task[None]":
         scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
         return asyncio.ensure_future(_run(app, scope, self))
 
 
-async def _run(app: FakeIngress, scope: dict[str, Any], client: Leaver) -> None:
+async def _run(app: FastAPI, scope: dict[str, Any], client: Leaver) -> None:
     await app(scope, client.receive, client.send)
 
 

@@ -26,9 +26,9 @@ def test_the_schema_has_the_bodies_that_are_parsed() -> None:
     assert chat["required"] == ["model", "messages"]
     assert chat["properties"]["model"] == {"type": "string", "enum": ["demo"]}
     assert {"type": "null"} in chat["properties"]["n"]["anyOf"], "null is the same as absent"
-    assert {"type": "string"} in chat["properties"]["stop"]["anyOf"]
+    assert {"type": "string", "maxLength": 1024} in chat["properties"]["stop"]["anyOf"]
     assert {*described["paths"]["/v1/chat/completions"]["post"]["responses"]} == {
-        *("200", "400", "404", "413", "429", "500", "503")
+        *("200", "400", "404", "408", "413", "429", "500", "503")
     }
     assert "422" not in described["paths"]["/v1/models/{name}"]["get"]["responses"]
 

@@ -9,9 +9,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from deploy import version
+from deploy.api.engine_client import Limits
 from deploy.api.openai.tokenize import TokenizeRequest, tokenize
 from router.text.tokenizer import Tokenizer
-from tests.support.fake_engine import HELLO, LIMITS, error_of
+from tests.support.fake_engine import HELLO, LIMITS, FakeEngine, error_of, http_client, ingress_over
 from tests.support.places import DEMO_MODEL
 
 pytestmark = pytest.mark.anyio
@@ -35,9 +36,12 @@ async def test_a_chat_is_tokenised_as_it_would_be_answered(http: httpx.AsyncClie
     assert answer["token_strs"] == [f"<{token}>" for token in answer["tokens"]]
 
 
-async def test_tools_are_tokenised_as_the_template_writes_them(http: httpx.AsyncClient) -> None:
+async def test_tools_are_tokenised_as_the_template_writes_them() -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-    answer = (await http.post("/tokenize", json=HELLO | {"tools": [tool]})).json()
+    engine = FakeEngine([])
+    engine.reached = Limits(max_model_len=200, max_requests=1)
+    async with http_client(ingress_over(engine)) as http:
+        answer = (await http.post("/tokenize", json=HELLO | {"tools": [tool]})).json()
     assert bytes(answer["tokens"]) == f"<tools>{json.dumps([tool])}<user>hello".encode()
 
 
@@ -47,7 +51,7 @@ def test_special_tokens_of_a_text_and_of_a_chat() -> None:
     tokenizer._fast.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
 
     def tokens(**fields: Any) -> list[int]:
-        return tokenize(TokenizeRequest(**fields), tokenizer, max_model_len=1)["tokens"]
+        return tokenize(TokenizeRequest(**fields), tokenizer, max_model_len=100)["tokens"]
 
     plain = tokens(prompt="a b", add_special_tokens=False)
     assert tokenizer.pieces(plain) == ["a", "Ġb"]

@@ -1,6 +1,7 @@
 """Ray's private names: those that deploy/ray_private.py uses are there and as it needs them, no other file uses one."""
 
 import ast
+import asyncio
 import inspect
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,31 @@ def test_a_counter_takes_a_zero_only_in_private(monkeypatch: pytest.MonkeyPatch)
     ray_private.record_zero(counter, {"rank": "1"})
     [(value, tags)] = recorded
     assert (value, tags["rank"]) == (0, "1")
+
+
+def test_what_serve_keeps_for_a_client_can_be_counted() -> None:
+    from ray.serve._private.http_util import MessageQueue
+    from ray.serve._private.replica import UserCallableWrapper
+
+    body = UserCallableWrapper.call_http_entrypoint.__code__
+    sends = [code for code in body.co_consts if getattr(code, "co_name", "") == "enqueue"]
+    assert sends
+    assert all("result_queue" in code.co_freevars for code in sends)
+
+    result_queue = MessageQueue()
+
+    async def enqueue(item: Any) -> None:
+        result_queue.put_nowait(item)
+
+    unread = ray_private.unread_of(enqueue)
+    assert unread is not None
+    asyncio.run(enqueue({"type": "http.response.start", "status": 200}))
+    for _ in range(2):
+        asyncio.run(enqueue({"type": "http.response.body", "body": b"abc"}))
+    assert unread() == 6
+    assert len(result_queue.get_messages_nowait()) == 3
+    assert unread() == 0
+    assert ray_private.unread_of(result_queue) is None
 
 
 def test_serve_builds_the_endpoint_by_the_name_that_we_gave_it() -> None:

@@ -1,6 +1,7 @@
 """RouterReplica around a fake engine and a fake Fleet: who is owed what, when it is ready, what it survives."""
 
 import asyncio
+import pickle
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -12,11 +13,12 @@ import pytest
 from deploy.api.engine_client import Limits
 from deploy.config import AppArgs, ExpertsConfig
 from deploy.engine import build, outboxes, replica
+from deploy.engine.messages import Joiner
 from deploy.engine.replica import RouterReplica
 from deploy.fleet.spec import FleetOverview, ShardStats
 from experts.fabric import PeerLost
 from router.engine import EngineStatus
-from router.request import Request, RequestOutput, SamplingParams
+from router.request import Request, RequestOutput, SamplingParams, TokenLogprob
 
 pytestmark = pytest.mark.anyio
 
@@ -187,6 +189,29 @@ async def test_requests_of_an_ingress_that_leaves_are_cancelled(running: Running
     refusal = await running.replica.submit("a", request("3"))
     assert refusal is not None
     assert refusal.kind == "lost"
+
+
+async def test_no_batch_is_larger_than_a_message_of_serve_may_be(running: Running) -> None:
+    """Prompt logprobs of a long context, and an ingress that has not read for a while."""
+    attached: Any = running.replica.attach("a")
+    await anext(attached)
+    for name in ("1", "2"):
+        await running.replica.submit("a", request(name))
+    scores = (TokenLogprob(1, -0.5, tuple((n, -n / 7) for n in range(20))),)
+    running.engine.on_outputs([RequestOutput("1", prompt_logprobs=scores * 20_000)])
+    for _ in range(2000):
+        running.engine.on_outputs([RequestOutput("1", "a", (1,), scores), RequestOutput("2", "b", (2,))])
+    running.engine.on_outputs([RequestOutput("2", finish="stop"), RequestOutput("1", finish="stop")])
+    await asyncio.sleep(0)
+    joiner, outputs = Joiner(), []
+    while not outputs or outputs[-1].id == "2" or not outputs[-1].finish:
+        batch = await asyncio.wait_for(anext(attached), 5)
+        assert len(pickle.dumps(batch)) <= 2**20
+        outputs += filter(None, map(joiner.take, batch))
+    assert outputs[0].prompt_logprobs == scores * 20_000
+    assert [sum(len(o.logprobs) for o in outputs if o.id == name) for name in ("1", "2")] == [2000, 0]
+    assert "".join(o.text for o in outputs if o.id == "2") == "b" * 2000
+    await attached.aclose()
 
 
 @pytest.fixture

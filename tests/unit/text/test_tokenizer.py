@@ -1,7 +1,9 @@
 """Tokenizer and Detokenizer, on the demo model's byte-level tokenizer and on a sentencepiece-like one."""
 
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from router.request import SamplingParams
 from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import Tokenizer, eos_token_ids, sampling_defaults
+from router.text.too_long import TooLong
 from tests.support.places import DEMO_MODEL
 
 UNFINISHED = "\ufffd"
@@ -148,6 +151,50 @@ def test_stop_strings(demo: Tokenizer, stop: list[str], expected: str) -> None:
 def test_a_stop_string_in_the_prompt_does_not_count(demo: Tokenizer) -> None:
     prompt, text = demo.encode("hello STO"), demo.encode("P here")
     assert stream(demo, text, prompt=prompt, stop=["STOP", "hello"]) == (stream(demo, text)[0], False)
+
+
+marked = st.lists(emoji | st.sampled_from(["<|im_end|>", "<|im_start|>", "a", " "]) | st.text(max_size=8))
+
+
+@settings(deadline=None)
+@given(text=marked.map("".join), special=st.booleans())
+def test_encoding_without_the_gil_gives_the_same_tokens(
+    demo: Tokenizer, metaspace: Tokenizer, text: str, special: bool
+) -> None:
+    for tokenizer in (demo, metaspace):
+        expected = tokenizer._fast.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == expected
+        assert tokenizer.encode(text, add_special_tokens=special, at_most=len(expected)) == expected
+        for skip in (True, False):
+            decoded = tokenizer.decode(expected, skip_special_tokens=skip)
+            assert tokenizer.decode_long(expected, skip_special_tokens=skip) == decoded
+        if expected:
+            with pytest.raises(TooLong):
+                tokenizer.encode(text, add_special_tokens=special, at_most=len(expected) - 1)
+
+
+def test_other_threads_run_while_a_text_is_encoded_or_decoded(demo: Tokenizer) -> None:
+    text = "def add(a, b):\n    return a + b\n" * 8_000
+    tokens = demo.encode(text)
+    for work in (lambda: demo.encode(text), lambda: demo.decode_long(tokens * 20)):
+        turns = 0
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while not future.done():
+                turns += 1
+                time.sleep(0)  # offers the GIL, which `encode` would keep until it is done
+        assert turns > 20
+
+
+def test_a_text_that_no_tokens_can_make_fit_is_not_encoded(
+    demo: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert demo.max_token_bytes == max(len(demo.token_bytes(token)) for token in range(4096))
+    monkeypatch.setattr(demo, "_fast", None)
+    with pytest.raises(
+        TooLong, match=f"10 tokens, which hold at most {10 * demo.max_token_bytes} bytes, .* 10000"
+    ):
+        demo.encode("é" * 5000, at_most=10)
 
 
 @settings(deadline=None)
