@@ -11,6 +11,7 @@ import math
 import os
 import queue
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -177,7 +178,12 @@ def _keep(jobs: _Queue, vocabulary: dict[str, Any]) -> None:
             continue
         try:
             ours = ours or _Child(vocabulary)
-            grammar = ours.compile(job.order)
+            try:
+                grammar = ours.compile(job.order)
+            except _ChildKilled:  # once may be anybody's doing, and is not held against the grammar
+                ours.end()
+                ours = _Child(vocabulary)
+                grammar = ours.compile(job.order)
         except GrammarRefused as refusal:
             job.expires = time.monotonic() + REFUSED_S
             job.result.set_exception(refusal)
@@ -195,6 +201,10 @@ def _keep(jobs: _Queue, vocabulary: dict[str, Any]) -> None:
             ours = None
     if ours is not None:
         ours.end()
+
+
+class _ChildKilled(Exception):
+    """Somebody else killed a child process: an operator, or the kernel that ran out of memory."""
 
 
 class _Child:
@@ -227,7 +237,7 @@ class _Child:
             ) from error
 
     def compile(self, order: str) -> str:
-        """Return the grammar of a WantedGrammar's JSON. Raises GrammarRefused; `spent` if that cost the child."""
+        """Return the grammar of a WantedGrammar's JSON. Raises GrammarRefused, and _ChildKilled; `spent` if the child is gone."""
         try:
             answer = self._ask(order, within_s=DEADLINE_S)
         except TimeoutError as error:
@@ -236,6 +246,8 @@ class _Child:
         except (EOFError, OSError) as error:
             self.spent = True
             code = self._process.wait(START_S)
+            if code == -signal.SIGKILL:  # what a grammar does ends in another signal, or in an answer
+                raise _ChildKilled("a child process for grammars was killed") from error
             logger.warning("a client's grammar of %d bytes ended its child process: %d", len(order), code)
             raise GrammarRefused("it needs too much memory or nests too deeply to compile") from error
         if refused := answer.get("refused"):
