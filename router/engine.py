@@ -38,6 +38,9 @@ from router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+PAUSE_S = 0.1
+"""Seconds after a turn that failed outside its step, lest one that always fails fill the log."""
+
 
 @dataclass(frozen=True)
 class EngineStatus:
@@ -205,7 +208,13 @@ class Engine:
 
     def _run(self) -> None:
         while not self._inbox.closed:
-            self.turn(wait_s=1.0)
+            try:
+                self.turn(wait_s=1.0)
+            except (
+                Exception
+            ):  # the thread ends with the process only: a dead one would leave every client waiting
+                logger.exception("a turn of the engine failed")
+                time.sleep(PAUSE_S)
 
     def turn(self, *, wait_s: float) -> None:
         """Take what other threads have asked for, then run one step. wait_s: how long to wait for something to do."""

@@ -75,7 +75,9 @@ class DecodeGraphs:
         self._graphs.clear()
         try:
             self._capture_all(report)
-        except RuntimeError as error:
+        except (
+            Exception
+        ) as error:  # Triton's and a driver's errors are of many classes; steps run without graphs
             self._graphs.clear()
             logger.warning("steps run without CUDA graphs, which could not be captured: %s", error)
 

@@ -4,10 +4,12 @@ GPU."""
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experts.progress import silent
 from router.cache.block_tables import BlockTables
 from router.model.attention import Chunk, plan_attention
 from router.model.decode_graphs import COARSE, DecodeGraphs, batch_sizes, graphs_of
@@ -81,3 +83,23 @@ def test_there_are_none_on_a_cpu() -> None:
     trunk: Any = SimpleNamespace(device=CPU, dtype=torch.float32)
     dispatcher: Any = SimpleNamespace(in_graph=True)
     assert graphs_of(trunk, nothing, dispatcher, sizes=[1], max_blocks=4) is None
+
+
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+def test_whatever_a_capture_raises_there_are_no_graphs_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OutOfResources("shared memory, 300000 of 232448 bytes")
+
+    nothing: Any = None
+    trunk: Any = SimpleNamespace(device=CPU)
+    graphs = DecodeGraphs(trunk, nothing, nothing, sizes=[1], max_blocks=4)
+    monkeypatch.setattr(graphs, "_capture_all", fail)
+    graphs.capture(report=silent)
+    assert not graphs._graphs
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "shared memory, 300000 of 232448 bytes" in warning

@@ -1,6 +1,7 @@
 """Tests that what goes wrong for one request does not touch the others."""
 
 import pkgutil
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts.fabric import PeerLost, ShardFailed, StepHeader, Ticket
+from experts.fabric import Membership, PeerLost, ShardFailed, StepHeader, Ticket
 from experts.fabric.faulty import Lost
-from experts.fabric.local import LocalFabric
+from experts.fabric.local import LocalFabric, local_membership
 from experts.shard import ExpertShard
 from router.config import KVCacheConfig, RouterConfig
 from router.engine import QueueFull
@@ -155,6 +156,25 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(
         assert answers["0"].error == "a step failed; the router's log says why"
         assert answers["0"].tokens == undisturbed["0"].tokens[:3]
         assert server.run(REQUESTS[2:], failing={"0", "1"})["2"].tokens == undisturbed["2"].tokens
+
+
+def test_what_fails_outside_a_step_does_not_end_the_thread(
+    model: Path, undisturbed: dict[str, Joined], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_process(model, num_shards=2) as server:
+        adopt, fails = server.engine._dispatcher.adopt, [KeyError("an epoch that nobody expects")]
+
+        def adopt_later(members: Membership) -> None:
+            if fails:
+                raise fails.pop()
+            adopt(members)
+
+        monkeypatch.setattr(server.engine._dispatcher, "adopt", adopt_later)
+        server.engine.start()
+        while fails:
+            time.sleep(0.01)
+        server.engine.adopt(local_membership(server._placement))
+        assert server.run(REQUESTS)["0"].tokens == undisturbed["0"].tokens
 
 
 def test_requests_fail_when_the_shards_stay_away(model: Path) -> None:
