@@ -75,9 +75,7 @@ class DecodeGraphs:
         self._graphs.clear()
         try:
             self._capture_all(report)
-        except (
-            Exception
-        ) as error:  # Triton's and a driver's errors are of many classes; steps run without graphs
+        except Exception as error:  # noqa: BLE001 a driver's and Triton's errors are of any class
             self._graphs.clear()
             logger.warning("steps run without CUDA graphs, which could not be captured: %s", error)
 
