@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import InternalServerError
-from openai.types import Completion
+from openai import InternalServerError, OpenAI
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +43,6 @@ def test_a_damaged_expert_ends_the_start_with_its_name(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_lets_requests_end_and_then_every_process_it_started() -> None:
     """One of two has time enough; the other ends with what it has. Meanwhile new ones are refused."""
-    prompt = {"model": "demo", "prompt": "def f(x):", "temperature": 0, "extra_body": {"ignore_eos": True}}
     with (
         serving("fabric.kind=local", "experts.shards=3", "router.drain_s=4") as server,
         ThreadPoolExecutor() as threads,
@@ -51,10 +50,12 @@ def test_sigterm_lets_requests_end_and_then_every_process_it_started() -> None:
     ):
         pids = [server.detail()["router_pid"], *_descendants(server.process.pid)]
         assert len(pids) > 3
+        begun = [threading.Event(), threading.Event()]
         short, long = (
-            threads.submit(client.completions.create, **prompt, max_tokens=length) for length in (100, 1000)
+            threads.submit(_stream, client, length, event)
+            for length, event in zip((100, 1000), begun, strict=True)
         )
-        eventually(lambda: server.detail()["num_running"] == 2, what="both run", timeout_s=10)
+        assert all(event.wait(10) for event in begun), "both run"
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(InternalServerError, match="stopping") as refused:
             eventually(
@@ -62,9 +63,9 @@ def test_sigterm_lets_requests_end_and_then_every_process_it_started() -> None:
             )
         assert refused.value.status_code == 503
         assert not is_ready(server.url)
-        assert [one.result(60).choices[0].finish_reason for one in (short, long)] == ["length", "length"]
-        assert _num_tokens(short.result()) == 100
-        assert 100 < _num_tokens(long.result()) < 1000
+        assert [one.result(60)[0] for one in (short, long)] == ["length", "length"]
+        assert short.result()[1] == 100
+        assert 100 < long.result()[1] < 1000
         assert server.process.wait(60) == 0
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
 
@@ -112,6 +113,19 @@ def _descendants(pid: int) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def _num_tokens(answer: Completion) -> int:
-    assert answer.usage is not None
-    return answer.usage.completion_tokens
+def _stream(client: OpenAI, max_tokens: int, begun: threading.Event) -> tuple[str, int]:
+    """Return how a streamed completion ended and how many tokens it had; `begun` is set with its first token."""
+    reason, num_tokens = "", 0
+    for chunk in client.completions.create(
+        model="demo",
+        prompt="def f(x):",
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    ):
+        begun.set()
+        reason = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), reason)
+        num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+    return reason, num_tokens
