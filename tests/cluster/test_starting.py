@@ -62,7 +62,7 @@ def test_sigterm_lets_requests_end_and_then_every_process_it_started() -> None:
                 lambda: client.completions.create(model="demo", prompt="x", max_tokens=1) and None, **DRAINS
             )
         assert refused.value.status_code == 503
-        assert not is_ready(server.url)
+        eventually(lambda: not is_ready(server.url), what="/ready, asked once a second, says so", timeout_s=5)
         assert [one.result(60)[0] for one in (short, long)] == ["length", "length"]
         assert short.result()[1] == 100
         assert 100 < long.result()[1] < 1000
