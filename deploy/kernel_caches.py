@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: in the user's cache directory, so that the next start finds them again.
+"""The places of compiled kernels: they are kept in the user's cache directory, so that the next start finds them again.
 
 By themselves Triton keeps them in ~/.triton, FlashInfer in ~/.cache, wherever XDG_CACHE_HOME is, and the CuTe DSL in the
 directory for temporary files, which a restart may empty. numba keeps its own beside our source, where they may stay.

@@ -29,7 +29,7 @@ class ApiConfig(Config):
     """The longest body of a request; a longer one is refused (HTTP 413)."""
 
     user_grammars: UserGrammars = "all"
-    """Which grammars clients may ask for: all; json_only: JSON schemas, choices and tool calls, but no regex and no
+    """The grammars that clients may ask for: all; json_only: JSON schemas, choices and tool calls, but no regex and no
     Lark; or off: none but response_format={"type": "json_object"}. Others are refused (HTTP 400)."""
 
     body_timeout_s: float = Field(default=30.0, gt=0)

@@ -1,4 +1,4 @@
-"""What crosses between ingress and router, cut to what one message of Serve may hold. Pure.
+"""The messages between ingress and router, cut to what one message of Serve may hold. Pure.
 
 Serve's gRPC refuses a message of more than 4 MiB, and with it ends the stream that carries the outputs of
 everybody's requests. Sizes are upper estimates of what pickle makes; tests hold them against it.

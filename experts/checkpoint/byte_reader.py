@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 NUM_THREADS = 8
-"""As many reads at a time keep an NVMe disk busy; more of them only take turns."""
+"""The number of reads at a time: so many keep an NVMe disk busy, and more only take turns."""
 
 AHEAD_BYTES = 128 * 2**20
 """The memory for what is read ahead: some dozen experts of 3 MB, or four of the largest known, which have 25 MB."""
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What is read together and handed over as one. at: where each extent begins in the group's `size` bytes."""
+    """Extents that are read together and handed over as one. at: where each extent begins in the group's `size` bytes."""
 
     chunks: tuple[Chunk, ...]
     at: tuple[int, ...]

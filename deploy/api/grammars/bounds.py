@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_BYTES = 128 * 1024
-"""Of a grammar, a schema as JSON, or all schemas of a body's tools together."""
+"""The most bytes of a grammar, of a schema as JSON, or of all schemas of a body's tools together."""
 
 MAX_DEPTH = 100
-"""Of objects and lists in one another; a property's schema is two levels below its object's."""
+"""The most levels of objects and lists in one another; a property's schema is two levels below its object's."""
 
 MAX_REFS = 500
 MAX_KEYS = 10_000
-"""Of all objects of a schema: properties, definitions and keywords."""
+"""The most keys of all objects of a schema: properties, definitions and keywords."""
 
 MAX_RULES = 500
 MAX_TERMS = 5_000

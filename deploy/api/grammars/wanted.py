@@ -12,7 +12,7 @@ from router.sampling import grammar
 Kind = Literal["any_json", "json", "regex", "choice", "grammar", "calls"]
 
 UserGrammars = Literal["all", "json_only", "off"]
-"""Which forms clients may ask for: `all`; `json_only`, JSON schemas, choices and tool calls; or `off`, none of
+"""The forms that clients may ask for: `all`; `json_only`, JSON schemas, choices and tool calls; or `off`, none of
 their own: only response_format={"type": "json_object"}."""
 
 _ALLOWED: dict[UserGrammars, tuple[Kind, ...]] = {

@@ -30,7 +30,7 @@ _WIRE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class _Table:
-    """What kernels read: written in stream order at the beginning of a step, from pinned memory that is then at rest."""
+    """The table that kernels read: written in stream order at the beginning of a step, from pinned memory that is then at rest."""
 
     def __init__(self, device: torch.device) -> None:
         size = kernels.PEERS.value + 2 * MAX_PEERS
