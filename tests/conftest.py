@@ -1,4 +1,4 @@
-"""What holds for all tests: their Ray clusters, their threads, and that none changes the logging of the next."""
+"""The settings of all tests: their Ray clusters, their threads, and that none changes the logging of the next."""
 
 import logging
 import os

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 from experts.placement import ExpertPlacement
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from experts.weights import MoEShape
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,21 @@ class Waited(NamedTuple):
 
     num_answers: int
     seconds: float
+
+
+class LinkedShard(Protocol):
+    """The part of an ExpertShard that the shard's end of a link needs. `forward` is called from several threads."""
+
+    rank: int
+    shape: "MoEShape"
+    dtype: "torch.dtype"
+    device: "torch.device"
+
+    def forward(
+        self, layer: int, x_TD: "Tensor", phys_TK: "Tensor", w_TK: "Tensor", *, out_TD: "Tensor"
+    ) -> None:
+        """Set out_TD to the partial sums of this rank's experts."""
+        ...
 
 
 class Fabric(Protocol):

@@ -25,7 +25,7 @@ LIMITS = LLParserLimits(
     precompute_large_lexemes=True,
     verbose_errors=False,
 )
-"""What a grammar may cost: to compile, at each token, and in memory as its answer grows.
+"""The most that a grammar may cost: to compile, at each token, and in memory as its answer grows.
 
 Ordinary schemas, of a hundred alternatives or properties, need less than half of each over 150,000 tokens. Work at a
 token is a few milliseconds at most, states of the lexer 10 MB a request.

@@ -39,7 +39,7 @@ BYTES_PER_WEIGHT = 9 / 16
 
 
 class Machine(NamedTuple):
-    """What a machine does in a second: bytes read and written, and bfloat16 FLOPs."""
+    """The rates of a machine, in a second: bytes read and written, and bfloat16 FLOPs."""
 
     bandwidth: float
     flops: float

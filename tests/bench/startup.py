@@ -36,7 +36,7 @@ from tests.bench.report import emit
 NUM_STARTS = 2
 PIECE = 16 * 2**20
 MOST_BYTES = 8 * 10**9
-"""Of the files, as far as the disk is measured."""
+"""The most bytes of the files over which the disk is measured."""
 
 
 def main() -> None:

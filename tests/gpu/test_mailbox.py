@@ -83,7 +83,7 @@ class Lane:
             shard.post(position, partial(x_TD, ids_TK, w_TK, own, len(self.shards)))
 
     def buffers(self, place: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What a shard takes its rows into, poisoned."""
+        """Return the tensors that a shard takes its rows into, poisoned."""
         shape, device = self.shape, self.devices[place]
         return (
             torch.full((rows, shape.hidden), torch.nan, dtype=shape.dtype, device=device),

@@ -24,7 +24,7 @@ STACK = 2**20
 """Bytes of the stack: an eighth of that which the router's threads have, half of that of llguidance's."""
 
 BYTES = "byte"
-"""In place of a tokenizer's JSON: a token for each byte. For tests."""
+"""The vocabulary of tests, sent in place of a tokenizer's JSON: a token for each byte."""
 
 _PR_SET_PDEATHSIG = 1
 _TOO_MUCH = "it needs too much memory to compile"

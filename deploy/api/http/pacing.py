@@ -21,7 +21,7 @@ STALL_S = 60.0
 POLL_S = 0.02
 
 UnreadOf = Callable[[Send], Callable[[], int] | None]
-"""Of a server's `send`: a function that tells how many bytes it keeps that were not passed on yet.
+"""A function that tells how many bytes a server's `send` keeps that were not passed on yet.
 
 None for a `send` that waits for its client itself, as uvicorn's does.
 """

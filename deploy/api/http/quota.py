@@ -58,7 +58,7 @@ class TokenBucket:
 
 
 class Account:
-    """What the owner of one key uses now. Lives in one event loop."""
+    """The present use of one key by its owner. Lives in one event loop."""
 
     def __init__(self, quota: Quota, *, clock: Clock) -> None:
         self._clock = clock

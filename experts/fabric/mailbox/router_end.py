@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from experts.fabric.mailbox.region import LaneShape, Region
 from experts.fabric.mailbox.shard_end import DTYPES
 from experts.fabric.mailbox.words import StopWord
 from experts.fabric.tcp.handshake import prove_router
-from experts.fabric.tcp.open_sockets import OpenSockets
+from experts.fabric.tcp.open_sockets import OpenSockets, open_links
 from experts.fabric.tcp.sockets import Deadline, prepare, shut
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ class MailboxFabric:
             self._drop(self._links.keys() - stay)
             self._lost, self._failed = {}, {}
             missing = [shard for shard in members.shards if shard.rank not in self._links]
-        opened, lost = self._open(missing, timeout_s=timeout_s)
+        opened, lost = open_links(missing, lambda shard: self._open_one(shard, timeout_s=timeout_s))
         with self._changed:
             self._links = dict(sorted({**self._links, **opened}.items()))
             self._lost |= lost
@@ -173,25 +172,6 @@ class MailboxFabric:
         self._outbox.close()
 
     # Links
-
-    def _open(
-        self, shards: Sequence[ShardAddress], *, timeout_s: float
-    ) -> tuple[dict[int, _Link], dict[int, str]]:
-        """Open links to all at once. Returns them, and why the others failed, by rank."""
-        links: dict[int, _Link] = {}
-        lost: dict[int, str] = {}
-        if not shards:
-            return links, lost
-        with ThreadPoolExecutor(len(shards)) as pool:
-            futures = {
-                shard.rank: pool.submit(self._open_one, shard, timeout_s=timeout_s) for shard in shards
-            }
-        for shard in shards:
-            try:
-                links[shard.rank] = futures[shard.rank].result()
-            except (OSError, FabricError) as error:
-                lost[shard.rank] = f"cannot reach {shard.name} at {shard.host}:{shard.port}: {error}"
-        return links, lost
 
     def _open_one(self, address: ShardAddress, *, timeout_s: float) -> _Link:
         deadline = Deadline(timeout_s)

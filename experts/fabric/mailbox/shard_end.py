@@ -7,18 +7,16 @@ import logging
 import queue
 import socket
 import threading
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from experts.fabric import FabricError
+from experts.fabric import FabricError, LinkedShard
 from experts.fabric.mailbox.control import Control, Kind
 from experts.fabric.mailbox.host import HostShardLane
 from experts.fabric.mailbox.region import LaneShape
 from experts.fabric.mailbox.words import StopWord
 from experts.fabric.tcp.sockets import set_kernel_timeout, shut
-from experts.weights import MoEShape
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +32,6 @@ FOR_GOOD = 2**62
 DTYPES = {1: torch.float32, 2: torch.bfloat16}
 
 
-class MailboxShard(Protocol):
-    """The part of an ExpertShard that a mailbox's link needs."""
-
-    rank: int
-    shape: MoEShape
-    dtype: torch.dtype
-    device: torch.device
-
-    def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None:
-        """Set out_TD to the partial sums of this rank's experts."""
-        ...
-
-
 class _Step(NamedTuple):
     """The header of a step. posted: the rows that the router lays out, of which `rows` are real."""
 
@@ -57,7 +42,7 @@ class _Step(NamedTuple):
     posted: int
 
 
-def serve_mailbox(sock: socket.socket, shard: MailboxShard) -> None:
+def serve_mailbox(sock: socket.socket, shard: LinkedShard) -> None:
     """Serve a router that has proved itself and opens a mailbox, until it goes. The socket is the caller's, to close.
 
     Raises FabricError for what the router did wrong, and OSError when it goes.
@@ -71,7 +56,7 @@ def serve_mailbox(sock: socket.socket, shard: MailboxShard) -> None:
     shape = _opened(control.receive(), shard)
     outbox, inbox = control.receive_regions(shape.outbox_bytes, shape.inbox_bytes)
     sock.settimeout(None)
-    stop = StopWord(pinned=shard.device.type == "cuda")
+    stop = StopWord(pinned=False)
     steps: queue.SimpleQueue[_Step | None] = queue.SimpleQueue()
     reader = threading.Thread(
         target=_read,
@@ -93,7 +78,7 @@ def serve_mailbox(sock: socket.socket, shard: MailboxShard) -> None:
             region.close()
 
 
-def _opened(message: tuple, shard: MailboxShard) -> LaneShape:
+def _opened(message: tuple, shard: LinkedShard) -> LaneShape:
     """Return the lane that an OPEN message asks for. Raises FabricError for one that this shard cannot serve."""
     kind, (rows, hidden, top_k, code, layers), _ = message
     if kind is not Kind.OPEN or code not in DTYPES:
@@ -129,7 +114,7 @@ def _read(control: Control, stop: StopWord, steps: "queue.SimpleQueue[_Step | No
 
 def _serve_step(
     control: Control,
-    shard: MailboxShard,
+    shard: LinkedShard,
     lane: HostShardLane,
     shape: LaneShape,
     stop: StopWord,

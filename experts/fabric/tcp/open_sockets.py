@@ -2,9 +2,35 @@
 
 import socket
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from experts.fabric import Aborted, ShardAddress
+from experts.fabric import Aborted, FabricError, ShardAddress
 from experts.fabric.tcp.sockets import connect_here, finish_connecting, shut, start_connecting
+
+Link = TypeVar("Link")
+
+
+def open_links(
+    shards: Sequence[ShardAddress], open_one: Callable[[ShardAddress], Link]
+) -> tuple[dict[int, Link], dict[int, str]]:
+    """Open links in parallel, so that dead hosts cost one time-out.
+
+    open_one: raises OSError or FabricError. Returns links and reasons of failure, by rank.
+    """
+    links: dict[int, Link] = {}
+    lost: dict[int, str] = {}
+    if not shards:
+        return links, lost
+    with ThreadPoolExecutor(len(shards)) as pool:
+        futures = {shard: pool.submit(open_one, shard) for shard in shards}
+    for shard, future in futures.items():
+        try:
+            links[shard.rank] = future.result()
+        except (OSError, FabricError) as error:
+            lost[shard.rank] = f"cannot reach {shard.name} at {shard.host}:{shard.port}: {error}"
+    return links, lost
 
 
 class OpenSockets:

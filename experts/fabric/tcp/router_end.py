@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,14 +19,13 @@ from experts.fabric import (
     FabricError,
     Membership,
     PeerLost,
-    ShardAddress,
     ShardFailed,
     StepHeader,
     Ticket,
     Waited,
 )
 from experts.fabric.tcp.frames import FrameShape, LayerFrame, write_step_half
-from experts.fabric.tcp.open_sockets import OpenSockets
+from experts.fabric.tcp.open_sockets import OpenSockets, open_links
 from experts.fabric.tcp.shard_link import Patience, ShardLink
 from experts.fabric.tcp.sockets import PeerError
 
@@ -79,7 +77,9 @@ class TcpFabric:
                 r for r, link in self._links.items() if not (link.idle and link.address in members.shards)
             )
             missing = [shard for shard in members.shards if shard.rank not in self._links]
-            opened, self._lost = _open_links(missing, self._sockets, timeout_s=timeout_s)
+            opened, self._lost = open_links(
+                missing, lambda shard: ShardLink.open(shard, self._sockets, timeout_s=timeout_s)
+            )
             self._links = dict(sorted({**self._links, **opened}.items()))
             self._sockets.check()
             self._raise_if(PeerLost, self._lost, layer=-1, since=began)
@@ -198,26 +198,3 @@ def _sum_in_float32(partials: Sequence[Tensor], sum_TD: Tensor, out_TD: Tensor) 
     for partial_TD in partials[1:]:
         sum_TD.add_(partial_TD)
     out_TD.copy_(sum_TD)
-
-
-def _open_links(
-    shards: Sequence[ShardAddress], sockets: OpenSockets, *, timeout_s: float
-) -> tuple[dict[int, ShardLink], dict[int, str]]:
-    """Open links in parallel, so that dead hosts cost one time-out.
-
-    Returns links and reasons of failure, by rank.
-    """
-    links: dict[int, ShardLink] = {}
-    lost: dict[int, str] = {}
-    if not shards:
-        return links, lost
-    with ThreadPoolExecutor(len(shards)) as pool:
-        futures = {
-            shard: pool.submit(ShardLink.open, shard, sockets, timeout_s=timeout_s) for shard in shards
-        }
-    for shard, future in futures.items():
-        try:
-            links[shard.rank] = future.result()
-        except (OSError, FabricError) as error:
-            lost[shard.rank] = f"cannot reach {shard.name} at {shard.host}:{shard.port}: {error}"
-    return links, lost

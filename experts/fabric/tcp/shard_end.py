@@ -7,12 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from experts.fabric import FabricError, ShardAddress
+from experts.fabric import FabricError, LinkedShard, ShardAddress
 from experts.fabric.mailbox.control import is_mailbox
 from experts.fabric.mailbox.shard_end import serve_mailbox
 from experts.fabric.tcp.frames import Kind, LayerFrame, PartialFrame, ShapeHalf, error_frame, layer_of
@@ -27,7 +25,6 @@ from experts.fabric.tcp.sockets import (
     set_kernel_timeout,
     shut,
 )
-from experts.weights import MoEShape
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +44,6 @@ PATROL_S = 60.0
 SILENCE_S = 150.0
 """A link ends if the kernel of the router's host has acknowledged nothing for so long. A living one acknowledges something
 at least every 120 s: keepalive, or probes of a full window."""
-
-
-class LinkedShard(Protocol):
-    """The part of an ExpertShard that a link needs. `forward` is called from several threads."""
-
-    rank: int
-    shape: MoEShape
-    dtype: torch.dtype
-    device: torch.device
-
-    def forward(self, layer: int, x_TD: Tensor, phys_TK: Tensor, w_TK: Tensor, *, out_TD: Tensor) -> None: ...
 
 
 class ShardListener:
